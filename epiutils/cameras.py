@@ -1,0 +1,270 @@
+"""Calibrated cameras: project, undistort, crop and resize, and the rig files that hold them.
+
+Points are (x, y); the centre of the top-left pixel is (0, 0), as in OpenCV.  World units are metres.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tomli_w
+from scipy.spatial.transform import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """A pinhole camera with lens distortion: x ~ K · distort(R X + t) (H&Z 6.1, 7.4).
+
+    K: (3, 3) intrinsics in pixels.  R: (3, 3) rotation and t: (3,) translation in metres, world to
+    camera, on OpenCV's axes (x right, y down, z forward).  distortion: (k1, k2, p1, p2[, k3]).
+    size: (width, height) in pixels.  The arrays are read-only float64 copies.
+    Raises ValueError, naming the camera and the field, where one of them cannot be a camera's.
+    """
+
+    K: np.ndarray
+    R: np.ndarray
+    t: np.ndarray
+    distortion: np.ndarray = (0.0, 0.0, 0.0, 0.0, 0.0)
+    size: tuple[int, int] = (256, 256)
+    name: str = "camera"
+
+    def __post_init__(self):
+        K = self._array("K", (3, 3))
+        if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.allclose(K[2], (0, 0, 1)):
+            raise ValueError(f"{self.name}: K needs positive focal lengths and the last row (0, 0, 1), got\n{K}")
+        R = self._array("R", (3, 3))
+        if not np.allclose(R @ R.T, np.eye(3), atol=1e-6) or np.linalg.det(R) < 0:
+            raise ValueError(f"{self.name}: R is not a rotation (R Rᵀ = I, det R = 1), got\n{R}")
+        self._array("t", (3,))
+        coefficients = np.ravel(np.asarray(self.distortion, dtype=float))
+        if coefficients.size not in (0, 4, 5):
+            raise ValueError(
+                f"{self.name}: distortion needs k1 k2 p1 p2 [k3], got {coefficients.size} numbers: "
+                "rational, thin-prism and fisheye lenses are not supported"
+            )
+        object.__setattr__(self, "distortion", np.pad(coefficients, (0, 5 - coefficients.size)))
+        self._array("distortion", (5,))
+        width, height = (int(v) for v in self.size)
+        if width <= 0 or height <= 0:
+            raise ValueError(f"{self.name}: size must be (width, height) in pixels, both positive, got {self.size}")
+        object.__setattr__(self, "size", (width, height))
+
+    def _array(self, field: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Replace a field by its checked, read-only copy."""
+        array = np.array(getattr(self, field), dtype=np.float64)
+        if array.size != np.prod(shape) or not np.isfinite(array).all():
+            raise ValueError(f"{self.name}: {field} must hold {shape} finite numbers, got shape {array.shape}: {array}")
+        array = array.reshape(shape)
+        array.flags.writeable = False
+        object.__setattr__(self, field, array)
+        return array
+
+    @property
+    def C(self) -> np.ndarray:
+        """Camera centre in the world, C = −Rᵀ t, in metres (H&Z 6.1)."""
+        return -self.R.T @ self.t
+
+    @property
+    def P(self) -> np.ndarray:
+        """Projection matrix P = K [R | t], (3, 4), of the undistorted camera (H&Z 6.8)."""
+        return self.K @ np.column_stack([self.R, self.t])
+
+    def project(self, X: np.ndarray) -> np.ndarray:
+        """Pixels of world points, lens distortion included (OpenCV's model).
+
+        X: (..., 3) metres.  Returns (..., 2); a point in or behind the camera's plane has no image and gives nan.
+        """
+        x_cam = np.asarray(X, dtype=np.float64) @ self.R.T + self.t
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = x_cam[..., :2] / np.where(x_cam[..., 2:] > 0, x_cam[..., 2:], np.nan)
+        return self._pixels(self._distort(x))
+
+    def undistort(self, points: np.ndarray) -> np.ndarray:
+        """Where the points would be seen without lens distortion, K unchanged.
+
+        points: (..., 2) px as recorded.  Returns (..., 2); nan where the distortion has no inverse.
+        Epipolar geometry holds for these points, not for the recorded ones.
+        """
+        points = np.asarray(points, dtype=np.float64)
+        distorted = (points - self.K[:2, 2]) @ np.linalg.inv(self.K[:2, :2]).T
+        x = distorted
+        with np.errstate(all="ignore"):
+            for _ in range(50 if self.distortion.any() else 0):  # fixed point: x ← x + (distorted − distort(x))
+                x = x + (distorted - self._distort(x))
+            found = np.abs(self._distort(x) - distorted).max(-1, keepdims=True) < 1e-9
+        return self._pixels(np.where(found, x, np.nan))
+
+    def without_distortion(self) -> Camera:
+        """The camera that takes the undistorted picture: the same K, R, t and no distortion."""
+        return replace(self, distortion=np.zeros(5))
+
+    def crop(self, A: np.ndarray, size: tuple[int, int]) -> Camera:
+        """The camera of the picture cropped, scaled or rotated by x_new = A x: its intrinsics are A K.
+
+        A: (3, 3) affine in pixels.  size: (width, height) of the new picture.
+        """
+        A = np.asarray(A, dtype=np.float64)
+        if A.shape != (3, 3) or not np.allclose(A[2], (0, 0, 1)) or abs(np.linalg.det(A)) < 1e-12:
+            raise ValueError(f"{self.name}: A must be an invertible (3, 3) affine with last row (0, 0, 1), got\n{A}")
+        return replace(self, K=A @ self.K, size=size)
+
+    def resize(self, size: tuple[int, int]) -> Camera:
+        """The camera of the whole picture resized to (width, height), pixel areas kept (as cv2.resize does)."""
+        sx, sy = size[0] / self.size[0], size[1] / self.size[1]
+        return self.crop(np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]]), size)
+
+    def _distort(self, x: np.ndarray) -> np.ndarray:
+        """OpenCV's radial and tangential model on normalised coordinates (..., 2)."""
+        k1, k2, p1, p2, k3 = self.distortion
+        u, v = x[..., 0], x[..., 1]
+        r2 = u * u + v * v
+        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+        return np.stack(
+            [
+                u * radial + 2 * p1 * u * v + p2 * (r2 + 2 * u * u),
+                v * radial + p1 * (r2 + 2 * v * v) + 2 * p2 * u * v,
+            ],
+            axis=-1,
+        )
+
+    def _pixels(self, x: np.ndarray) -> np.ndarray:
+        return x @ self.K[:2, :2].T + self.K[:2, 2]
+
+
+def crop_affine(
+    center: tuple[float, float], side: float, size: tuple[int, int] = (256, 256), rotation: float = 0.0
+) -> np.ndarray:
+    """The affine A (3, 3) of HRNet's crop: a square of `side` px around `center` becomes a picture of `size`.
+
+    x_new = s Rot(rotation) (x − center) + size / 2 with s = width / side; rotation in radians, clockwise
+    on the screen.  HRNet's `scale` is side / 200.
+    """
+    if not side > 0:
+        raise ValueError(f"side must be positive, got {side}")
+    s = size[0] / side
+    c, d = s * np.cos(rotation), s * np.sin(rotation)
+    M = np.array([[c, -d], [d, c]])
+    A = np.eye(3)
+    A[:2, :2] = M
+    A[:2, 2] = np.array(size) / 2 - M @ np.asarray(center, dtype=float)
+    return A
+
+
+def read_calib(path: str | os.PathLike) -> list[Camera]:
+    """Cameras of a `Calib.toml`, in the file's order (the format of Pose2Sim and aniposelib).
+
+    One table a camera: name, size, matrix, distortions, rotation (Rodrigues vector) and translation
+    in metres, world to camera.  Raises ValueError with the file, the table and the key at fault.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    cameras = []
+    for key, table in tables.items():
+        if key == "metadata":
+            continue
+        where = f"{path}, table [{key}]"
+        if not isinstance(table, dict):
+            raise ValueError(f"{where}: expected a table a camera, got {table!r}")
+        missing = {"size", "matrix", "distortions", "rotation", "translation"} - table.keys()
+        if missing:
+            raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
+        if table.get("fisheye"):
+            raise ValueError(f"{where}: fisheye lenses are not supported")
+        try:
+            rotation = np.array(table["rotation"], dtype=float).reshape(3)
+            cameras.append(
+                Camera(
+                    K=table["matrix"],
+                    R=Rotation.from_rotvec(rotation).as_matrix(),
+                    t=table["translation"],
+                    distortion=table["distortions"],
+                    size=table["size"],
+                    name=str(table.get("name", key)),
+                )
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not cameras:
+        raise ValueError(f"{path}: no camera in it")
+    names = [camera.name for camera in cameras]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two cameras share a name: {names}")
+    return cameras
+
+
+def write_calib(path: str | os.PathLike, cameras: Iterable[Camera]) -> None:
+    """Write cameras as a `Calib.toml` that `read_calib` reads back; the file appears whole or not at all."""
+    tables = {
+        camera.name: {
+            "name": camera.name,
+            "size": [float(v) for v in camera.size],
+            "matrix": camera.K.tolist(),
+            "distortions": camera.distortion[: 5 if camera.distortion[4] else 4].tolist(),
+            "rotation": Rotation.from_matrix(camera.R).as_rotvec().tolist(),
+            "translation": camera.t.tolist(),
+            "fisheye": False,
+        }
+        for camera in cameras
+    }
+    tables["metadata"] = {"adjusted": False, "error": 0.0}
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
+        tomli_w.dump(tables, file)
+    os.replace(file.name, path)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One camera's picture of one instant, with the joints seen in it.
+
+    image: (H, W, 3) uint8 RGB.  camera: the camera of this very picture.  joints: (J, 2) px, nan where
+    unknown.  confidence: (J,) in [0, 1].  joints_3d: (J, 3) metres in the world, and visible: (J,) bool,
+    where they are known.
+    """
+
+    image: np.ndarray
+    camera: Camera
+    joints: np.ndarray
+    confidence: np.ndarray
+    joints_3d: np.ndarray | None = None
+    visible: np.ndarray | None = None
+
+    def crop(self, A: np.ndarray, size: tuple[int, int]) -> View:
+        """The view cropped, scaled or rotated by x_new = A x: picture, camera and joints together."""
+        camera = self.camera.crop(A, size)
+        return replace(
+            self,
+            image=cv2.warpAffine(self.image, A[:2].astype(np.float64), camera.size, flags=cv2.INTER_AREA),
+            camera=camera,
+            joints=self.joints @ A[:2, :2].T + A[:2, 2],
+        )
+
+    def crop_to_person(self, size: tuple[int, int] = (256, 256), margin: float = 1.25) -> View:
+        """The square crop around the known joints, `margin` times their larger extent, as HRNet's input is cut."""
+        known = self.joints[np.isfinite(self.joints).all(-1)]
+        if len(known) < 2:
+            raise ValueError(f"{self.camera.name}: {len(known)} joints known, at least 2 are needed to place a crop")
+        low, high = known.min(0), known.max(0)
+        return self.crop(crop_affine((low + high) / 2, margin * (high - low).max(), size), size)
+
+    def undistorted(self) -> View:
+        """The view without lens distortion, in which epipolar lines are straight."""
+        camera = self.camera.without_distortion()
+        if not self.camera.distortion.any():
+            return self
+        return replace(
+            self,
+            image=cv2.undistort(self.image, self.camera.K, self.camera.distortion),
+            camera=camera,
+            joints=self.camera.undistort(self.joints),
+        )

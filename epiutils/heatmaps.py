@@ -1,0 +1,130 @@
+"""Heatmaps: render, decode and score them as HRNet does.
+
+This is the one place that knows how pixels of a heatmap and of the network's input correspond:
+heatmap pixel i lies at input pixel 4 i (`HEATMAP_FROM_INPUT`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STRIDE = 4
+HEATMAP_FROM_INPUT = np.diag([1 / STRIDE, 1 / STRIDE, 1.0])  # (3, 3) affine for Camera.crop and epipolar.transfer
+HEATMAP_FROM_INPUT.flags.writeable = False
+
+
+def render(points: Tensor, shape: tuple[int, int], sigma: float = 2.0, peak: Tensor | float = 1.0) -> Tensor:
+    """Gaussians of the given height: H[y, x] = peak · exp(−((x − px)² + (y − py)²) / 2σ²).
+
+    points: (..., 2) heatmap px (x, y), anywhere.  shape: (H, W).  sigma: px.  peak: scalar or (...).
+    Returns (..., H, W); a point that is nan gives a map of zeros.
+    """
+    if sigma <= 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    points = torch.as_tensor(points)
+    points = points if points.is_floating_point() else points.double()
+    height, width = shape
+    x = torch.arange(width, dtype=points.dtype, device=points.device)
+    y = torch.arange(height, dtype=points.dtype, device=points.device)
+    gx = torch.exp(-((x - points[..., 0, None]) ** 2) / (2 * sigma**2))  # (..., W)
+    gy = torch.exp(-((y - points[..., 1, None]) ** 2) / (2 * sigma**2))  # (..., H)
+    peak = torch.as_tensor(peak, dtype=points.dtype, device=points.device)
+    maps = peak[..., None, None] * gy[..., :, None] * gx[..., None, :]
+    return torch.nan_to_num(maps, nan=0.0)
+
+
+def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
+    """The joint of each heatmap: its highest pixel, refined.
+
+    method: "argmax", the pixel itself; "quarter", HRNet's: a quarter pixel towards the larger
+    neighbour; "dark", the maximum of a Taylor expansion of the log-heatmap (Zhang et al., CVPR 2020),
+    exact for a Gaussian.  Pixels within a border too thin to look around are not refined.
+
+    heatmaps: (..., H, W).  Returns points (..., 2), heatmap px (x, y), and their heights (...).
+    """
+    if method not in ("argmax", "quarter", "dark"):
+        raise ValueError(f'method must be "argmax", "quarter" or "dark", got {method!r}')
+    height, width = heatmaps.shape[-2:]
+    peak, index = heatmaps.flatten(-2).max(-1)
+    x, y = index % width, index // width
+    points = torch.stack([x, y], -1).to(heatmaps.dtype)
+    if method == "argmax":
+        return points, peak
+
+    def at(dx: int, dy: int) -> Tensor:
+        """The map around the peak, read at an offset (clamped at the border, where it is not used)."""
+        i = (y + dy).clamp(0, height - 1) * width + (x + dx).clamp(0, width - 1)
+        return heatmaps.flatten(-2).gather(-1, i[..., None])[..., 0]
+
+    if method == "quarter":
+        inside = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
+        shift = 0.25 * torch.stack([torch.sign(at(1, 0) - at(-1, 0)), torch.sign(at(0, 1) - at(0, -1))], -1)
+        return points + torch.where(inside[..., None], shift, torch.zeros_like(shift)), peak
+
+    def log_at(dx: int, dy: int) -> Tensor:
+        return at(dx, dy).clamp_min(1e-10).log()
+
+    dx = 0.5 * (log_at(1, 0) - log_at(-1, 0))
+    dy = 0.5 * (log_at(0, 1) - log_at(0, -1))
+    dxx = 0.25 * (log_at(2, 0) - 2 * log_at(0, 0) + log_at(-2, 0))
+    dyy = 0.25 * (log_at(0, 2) - 2 * log_at(0, 0) + log_at(0, -2))
+    dxy = 0.25 * (log_at(1, 1) - log_at(-1, 1) - log_at(1, -1) + log_at(-1, -1))
+    det = dxx * dyy - dxy * dxy
+    inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & (peak > 0)
+    peaked = inside & (dxx < 0) & (det > 0)  # a maximum, not a saddle or a plateau
+    safe = torch.where(peaked, det, torch.ones_like(det))
+    shift = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / safe[..., None]
+    return points + torch.where(peaked[..., None], shift, torch.zeros_like(shift)), peak
+
+
+def _hrnet_points(heatmaps: np.ndarray) -> np.ndarray:
+    """HRNet's get_max_preds: arg-max pixels (B, J, 2) in float32; (0, 0) where the maximum is not above 0."""
+    B, J, _, width = heatmaps.shape
+    flat = heatmaps.reshape(B, J, -1)
+    index = flat.argmax(2).astype(np.float32)
+    points = np.stack([index % width, np.floor(index / width)], -1)
+    return points * (flat.max(2) > 0)[..., None].astype(np.float32)
+
+
+def _hrnet_distances(output, target) -> np.ndarray:
+    """Distances in units of a tenth of the heatmap, (B, J); nan for the joints that HRNet leaves out."""
+    output, target = (np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a) for a in (output, target))
+    if output.shape != target.shape or output.ndim != 4 or 0 in output.shape:
+        raise ValueError(f"output and target must both be (B, J, H, W), got {output.shape} and {target.shape}")
+    predicted, true = _hrnet_points(output), _hrnet_points(target)
+    unit = np.array(output.shape[2:]) / 10  # (h, w) / 10 against (x, y): HRNet's own order
+    distances = np.linalg.norm(predicted / unit - true / unit, axis=-1)
+    counted = (true[..., 0] > 1) & (true[..., 1] > 1)
+    return np.where(counted, distances, np.nan)
+
+
+def accuracy(output, target) -> float:
+    """HRNet's accuracy (lib/core/evaluate.py), to the last digit.
+
+    A joint is right when the arg-max pixels of output and target are less than half of a tenth of the
+    map apart: under 3.2 px for 64×64.  Left out are joints whose target peak has x ≤ 1 or y ≤ 1 (so is
+    an all-zero target).  The mean is first over samples for each joint, then over the joints that have
+    a sample; so it depends on what is in the batch: `pck` does not.
+
+    output, target: (B, J, H, W), tensors or arrays.  Returns a number in [0, 1]; 0 where nothing counts.
+    """
+    distances = _hrnet_distances(output, target)
+    total, joints = 0.0, 0
+    for column in distances.T:  # summed in HRNet's order: the last digit depends on it
+        column = column[~np.isnan(column)]
+        if len(column):
+            total += np.less(column, 0.5).sum() / len(column)
+            joints += 1
+    return float(total / joints) if joints else 0.0
+
+
+def pck(output, target) -> float:
+    """Pooled PCK: the share of all counted joints that `accuracy` calls right, each sample's joint counted once.
+
+    output, target: (B, J, H, W).  Returns a number in [0, 1]; nan where nothing counts.
+    """
+    distances = _hrnet_distances(output, target)
+    distances = distances[~np.isnan(distances)]
+    return float((distances < 0.5).mean()) if len(distances) else float("nan")
