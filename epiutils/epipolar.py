@@ -1,0 +1,203 @@
+"""Two-view geometry: the fundamental matrix, its lines and epipoles, and distances to them.
+
+F maps the source view to the reference view: x_refᵀ F x_src = 0.  Points are (..., 2) as (x, y), without lens
+distortion.  Lines, epipoles and distances take numpy arrays and torch tensors alike.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from array_api_compat import array_namespace
+
+from epiutils.cameras import Camera
+
+METHODS = {
+    "8point": cv2.FM_8POINT,
+    "lmeds": cv2.FM_LMEDS,
+    "ransac": cv2.FM_RANSAC,
+    "magsac": cv2.USAC_MAGSAC,
+}
+
+# Below this ratio of singular values the points determine no F but a family of them.
+DEGENERATE = 1e-9
+
+
+def find_fundamental(
+    x_src: np.ndarray,
+    x_ref: np.ndarray,
+    method: str = "magsac",
+    threshold: float = 1.0,
+    confidence: float = 0.999,
+    max_iterations: int = 10_000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """F from point correspondences, by OpenCV.
+
+    method: "8point" (all points; H&Z Algorithm 11.1), "lmeds" (least median of squares), "ransac"
+    (H&Z 11.6) or "magsac" (MAGSAC++, Barath et al., CVPR 2020).  threshold: px from point to line beyond which a
+    point is an outlier, for "ransac" and "magsac".  The same seed gives the same F.
+
+    x_src, x_ref: (N, 2) px, N ≥ 8.  Returns F (3, 3) of rank 2 and unit norm, and the inliers (N,) bool.
+    Raises ValueError where no F follows from the points: too few, repeated, collinear, all on one plane
+    or conic with the cameras, not finite; and where OpenCV finds none.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    x_src, x_ref = _check_points("x_src", x_src), _check_points("x_ref", x_ref)
+    if len(x_src) != len(x_ref):
+        raise ValueError(f"x_src and x_ref must correspond one to one, got {len(x_src)} and {len(x_ref)} points")
+    distinct = len(np.unique(np.hstack([x_src, x_ref]), axis=0))
+    if distinct < 8:
+        raise ValueError(
+            f"F needs at least 8 different correspondences, got {distinct} ({len(x_src)} with repetitions)"
+        )
+    _check_determined(x_src, x_ref, "the points")
+    cv2.setRNGSeed(seed)
+    try:
+        F, inliers = cv2.findFundamentalMat(x_src, x_ref, METHODS[method], threshold, confidence, max_iterations)
+    except cv2.error as error:
+        raise ValueError(f"OpenCV's {method} failed on {len(x_src)} points: {error}") from error
+    if F is None or F.shape != (3, 3) or not np.isfinite(F).all() or not F.any():
+        raise ValueError(f"OpenCV's {method} found no fundamental matrix in {len(x_src)} points")
+    inliers = inliers.ravel().astype(bool)
+    _check_determined(x_src[inliers], x_ref[inliers], f"the {inliers.sum()} inliers that {method} kept")
+    return _rank_two(F, _hartley(x_src), _hartley(x_ref)), inliers
+
+
+def fundamental_from_cameras(src: Camera, ref: Camera) -> np.ndarray:
+    """F from calibration, F = K_ref⁻ᵀ [t]ₓ R K_src⁻¹ with R, t from source to reference (H&Z 9.2.4, 9.6).
+
+    Returns (3, 3) of unit norm.  It holds for points without lens distortion (`Camera.undistort`).
+    Raises ValueError where the cameras share a centre: then there is no epipolar geometry.
+    """
+    R = ref.R @ src.R.T
+    t = ref.t - R @ src.t
+    baseline = np.linalg.norm(t)
+    if baseline <= 1e-9 * max(1.0, np.linalg.norm(src.C), np.linalg.norm(ref.C)):
+        raise ValueError(f"cameras {src.name} and {ref.name} share their centre {src.C}: there is no epipolar geometry")
+    F = np.linalg.inv(ref.K).T @ cross_matrix(t / baseline) @ R @ np.linalg.inv(src.K)
+    return F / np.linalg.norm(F)
+
+
+def transfer(F: np.ndarray, A_src: np.ndarray, A_ref: np.ndarray) -> np.ndarray:
+    """F between pictures that were cropped or resized by x' = A x: F' = A_ref⁻ᵀ F A_src⁻¹.
+
+    F: (..., 3, 3).  A_src, A_ref: (..., 3, 3) affine.  Returns (..., 3, 3).
+    """
+    xp = array_namespace(F)
+    A_src, A_ref = (xp.asarray(A, dtype=F.dtype) for A in (A_src, A_ref))
+    return xp.linalg.inv(A_ref).mT @ F @ xp.linalg.inv(A_src)
+
+
+def cross_matrix(v: np.ndarray) -> np.ndarray:
+    """[v]ₓ (3, 3), with [v]ₓ w = v × w (H&Z A4.5)."""
+    return np.array([[0.0, -v[2], v[1]], [v[2], 0.0, -v[0]], [-v[1], v[0], 0.0]])
+
+
+def homogeneous(x):
+    """(..., 2) → (..., 3) with a last coordinate of 1."""
+    xp = array_namespace(x)
+    return xp.concat([x, xp.ones_like(x[..., :1])], axis=-1)
+
+
+def epipolar_lines(F, x_src):
+    """Lines in the reference view that must contain the matches of source points.
+
+    From x_refᵀ F x_src = 0 the line is l = F x_src = (a, b, c), with a·x + b·y + c = 0; scaled to
+    a² + b² = 1, l·(x, y, 1) is a signed distance in pixels (H&Z 9.2.1).  Lines in the source view: F.mT.
+
+    F: (..., 3, 3), any scale.  x_src: (..., N, 2).  Returns (..., N, 3); nan for a point at the epipole,
+    which has no line.
+    """
+    lines = homogeneous(x_src) @ F.mT  # (..., N, 3)
+    normal = array_namespace(F).linalg.vector_norm(lines[..., :2], axis=-1, keepdims=True)
+    return lines / _nan_where_zero(normal)
+
+
+def epipoles(F):
+    """Epipoles of both views, F e_src = 0 and Fᵀ e_ref = 0 (H&Z 9.2.3).
+
+    F: (..., 3, 3).  Returns e_src and e_ref (..., 3), homogeneous of unit norm: at infinity the last is 0.
+    """
+    U, _, Vh = array_namespace(F).linalg.svd(F)
+    return Vh[..., 2, :], U[..., :, 2]
+
+
+def symmetric_epipolar_distance(F, x_src, x_ref):
+    """Mean of the two distances between points and epipolar lines, in px of the pictures.
+
+    ½ (d(x_ref, F x_src) + d(x_src, Fᵀ x_ref)), the distances whose squares H&Z 11.10 sums.
+    F: (..., 3, 3).  x_src, x_ref: (..., N, 2).  Returns (..., N); nan for a point at its epipole.
+    """
+    return (point_line_distance(F, x_src, x_ref) + point_line_distance(F.mT, x_ref, x_src)) / 2
+
+
+def point_line_distance(F, x_src, x_ref):
+    """Distance in px of each reference point from the epipolar line of its source point: (..., N)."""
+    xp = array_namespace(F)
+    return xp.abs(xp.sum(epipolar_lines(F, x_src) * homogeneous(x_ref), axis=-1))
+
+
+def sampson_distance(F, x_src, x_ref):
+    """First-order distance in px from a correspondence to the nearest exact one (root of H&Z 11.9).
+
+    |x_refᵀ F x_src| / √((F x_src)₁² + (F x_src)₂² + (Fᵀ x_ref)₁² + (Fᵀ x_ref)₂²).
+    F: (..., 3, 3).  x_src, x_ref: (..., N, 2).  Returns (..., N); nan where both points are epipoles.
+    """
+    xp = array_namespace(F)
+    to_ref = homogeneous(x_src) @ F.mT  # (..., N, 3)
+    to_src = homogeneous(x_ref) @ F
+    error = xp.sum(homogeneous(x_ref) * to_ref, axis=-1)
+    gradient = xp.concat([to_ref[..., :2], to_src[..., :2]], axis=-1)
+    return xp.abs(error) / _nan_where_zero(xp.linalg.vector_norm(gradient, axis=-1))
+
+
+def _nan_where_zero(x):
+    xp = array_namespace(x)
+    return xp.where(x == 0, xp.full_like(x, xp.nan), x)
+
+
+def _check_points(name: str, points: np.ndarray) -> np.ndarray:
+    points = np.ascontiguousarray(points, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"{name} must be (N, 2) points (x, y), got shape {points.shape}")
+    bad = np.flatnonzero(~np.isfinite(points).all(1))
+    if len(bad):
+        raise ValueError(
+            f"{name} has {len(bad)} points that are nan or inf, the first at index {bad[0]}: {points[bad[0]]}"
+        )
+    return points
+
+
+def _check_determined(x_src: np.ndarray, x_ref: np.ndarray, what: str) -> None:
+    """Raise ValueError if the correspondences leave more than one F: their 8-point system has rank below 8."""
+    if len(x_src) < 8:
+        raise ValueError(f"{what}: {len(x_src)} left, at least 8 are needed")
+    a, b = (homogeneous(x) @ _hartley(x).T for x in (x_src, x_ref))
+    for name, x in (("x_src", a), ("x_ref", b)):
+        spread = np.linalg.svd(x[:, :2], compute_uv=False)
+        if spread[1] <= DEGENERATE * max(spread[0], 1e-300):
+            raise ValueError(f"{what} are collinear in {name}, or one point: they determine no fundamental matrix")
+    system = (b[:, :, None] * a[:, None, :]).reshape(-1, 9)
+    singular = np.linalg.svd(system, compute_uv=False)
+    rank = int((singular > DEGENERATE * singular[0]).sum())
+    if rank < 8:
+        raise ValueError(
+            f"{what} are degenerate (rank {rank} of the 8 needed): many fundamental matrices fit them, as for "
+            "points of one plane, or cameras that share their centre"
+        )
+
+
+def _hartley(x: np.ndarray) -> np.ndarray:
+    """Hartley's normalisation T (3, 3) (H&Z 4.4.4): T x has its centroid at the origin and mean distance √2."""
+    centre = x.mean(0)
+    s = np.sqrt(2) / max(np.linalg.norm(x - centre, axis=1).mean(), 1e-300)
+    return np.array([[s, 0, -s * centre[0]], [0, s, -s * centre[1]], [0, 0, 1]])
+
+
+def _rank_two(F: np.ndarray, T_src: np.ndarray, T_ref: np.ndarray) -> np.ndarray:
+    """The nearest F of rank 2 in normalised coordinates, of unit norm: robust methods leave rank 2 only roughly."""
+    U, S, Vh = np.linalg.svd(transfer(F, T_src, T_ref))
+    F = T_ref.T @ (U[:, :2] * S[:2]) @ Vh[:2] @ T_src
+    return F / np.linalg.norm(F)
