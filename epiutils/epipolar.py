@@ -86,7 +86,7 @@ def transfer(F: np.ndarray, A_src: np.ndarray, A_ref: np.ndarray) -> np.ndarray:
     F: (..., 3, 3).  A_src, A_ref: (..., 3, 3) affine.  Returns (..., 3, 3).
     """
     xp = array_namespace(F)
-    A_src, A_ref = (xp.asarray(A, dtype=F.dtype) for A in (A_src, A_ref))
+    A_src, A_ref = (xp.asarray(np.array(A) if isinstance(A, np.ndarray) else A, dtype=F.dtype) for A in (A_src, A_ref))
     return xp.linalg.inv(A_ref).mT @ F @ xp.linalg.inv(A_src)
 
 

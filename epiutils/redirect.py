@@ -93,31 +93,32 @@ class Pencil:
         shape, out_shape = _check_shape(shape), _check_shape(out_shape or shape)
         F = torch.as_tensor(F)
         Fn, e = (a.reshape(-1, *a.shape[F.ndim - 2 :]) for a in _normalized_fundamental(F, shape, out_shape))
-        lines = _normalized_pixels(shape, F.device) @ Fn.mT  # (B, N, 3)
-        valid = _has_line(lines, Fn)
+        t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
         reach = torch.linalg.vector_norm(e[:, :2], dim=-1, keepdim=True)  # D = reach / e[2], possibly ∞
         near = reach <= e[:, 2:]
         d = torch.where(reach > 0, e[:, :2] / reach, e.new_tensor([1.0, 0.0]))
         n = torch.stack([-d[:, 1], d[:, 0]], -1)
         k = torch.where(near, torch.ones_like(reach), e[:, 2:] / reach)  # 1 / stretch of the angle: 0 for D = ∞
 
-        along_n = _dot(lines[..., :2], n)  # (B, N)
-        along_d = torch.where(near, _dot(lines[..., :2], d), -lines[..., 2])
-        angles, order = (torch.atan2(along_d, along_n) % math.pi).sort(dim=-1)
+        # Source: (a, b)·n, (a, b)·d and c of each pixel's line, the angle, and its order.
+        turn = torch.zeros_like(Fn)
+        turn[:, 0, :2], turn[:, 1, :2], turn[:, 2, 2] = n, d, 1
+        lines = _normalized_pixels(shape, F.device) @ (turn @ Fn).mT  # (B, N, 3)
+        along_n, along_d, c = lines.unbind(-1)
+        valid = _has_line(lines, Fn)
+        angles, order = (torch.atan2(torch.where(near, along_d, -c), along_n) % math.pi).sort(dim=-1)
 
-        x_ref = _normalized_pixels(out_shape, F.device)[:, :2]
-        t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
-        eta = _dot(x_ref, n)  # (B, N') coordinates about e', shrunk by k along d
-        zeta = _dot(x_ref, d) * k - torch.where(near, reach / e[:, 2:], torch.ones_like(reach))
+        # Reference: coordinates about e', those along d shrunk by k, and the two sides of each pixel's wedge.
+        turn[:, 1] = torch.cat([k * d, -torch.where(near, reach / e[:, 2:], torch.ones_like(reach))], -1)
+        eta, zeta = (_normalized_pixels(out_shape, F.device) @ turn[:, :2].mT).unbind(-1)  # (B, N')
         r = torch.hypot(eta * k, zeta)
-        sin = t * k / r  # of the half-angle of the wedge
+        sin = t * k / r  # of the wedge's half-angle
         everywhere = ~(sin < 1)  # within the threshold of e' itself: all lines
         cos = torch.sqrt((1 - sin).clamp_min(0) * (1 + sin))
-        y = torch.stack([eta * cos + t * zeta / r, eta * cos - t * zeta / r], 1)  # (B, 2, N') the wedge's two sides
-        x = torch.stack([eta * k * sin - zeta * cos, -eta * k * sin - zeta * cos], 1)
-        sides = torch.atan2(y, x) % math.pi
-        wraps = (sides[:, 1] < sides[:, 0]) & ~everywhere
-        lo, hi = torch.searchsorted(angles, sides.flatten(1)).unflatten(1, (2, -1)).unbind(1)
+        x, dx, y, dy = -zeta * cos, eta * k * sin, eta * cos, t * zeta / r
+        sides = torch.atan2(torch.cat([y + dy, y - dy], -1), torch.cat([x + dx, x - dx], -1)) % math.pi  # (B, 2N')
+        wraps = (sides[:, len(r[0]) :] < sides[:, : len(r[0])]) & ~everywhere
+        lo, hi = torch.searchsorted(angles, sides).unflatten(1, (2, -1)).unbind(1)
         lo, hi = lo.masked_fill(everywhere, 0), hi.masked_fill(everywhere, order.shape[-1])
         return cls(
             shape=shape,
@@ -410,11 +411,6 @@ def _has_line(lines: Tensor, Fn: Tensor) -> Tensor:
     """False for the source pixel at the epipole: (..., N) from lines (..., N, 3)."""
     rounding = AT_EPIPOLE * torch.linalg.matrix_norm(Fn)[..., None]
     return torch.hypot(lines[..., 0], lines[..., 1]) > rounding
-
-
-def _dot(points: Tensor, direction: Tensor) -> Tensor:
-    """points (N, 2) or (B, N, 2), direction (B, 2) → (B, N)."""
-    return (points @ direction[..., None])[..., 0]
 
 
 def _check_shape(shape) -> tuple[int, int]:

@@ -1,0 +1,209 @@
+"""How fast the redirection operator is, measured against the alternatives side by side in one run.
+
+    python benchmarks/redirect.py
+
+prints a table and records its numbers for the report.  Each comparison runs its candidates in turn, round after
+round, and quotes medians over the rounds: the machine may be busy, but it is equally busy for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from epiutils import people
+from epiutils.epipolar import fundamental_from_cameras, transfer
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
+from epiutils.redirect import Pencil, redirect
+from epiutils.report import record
+
+THRESHOLD = 1.0
+LOOP_ROWS = 4  # reference rows that the nested loops really visit; their cost is proportional to the rows
+
+
+def measure(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate over rounds in which all of them run in turn, after one warm-up each."""
+    times = {name: [] for name in candidates}
+    for done in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if done:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def case(size: int = 64, joints: int = 17) -> tuple[Tensor, Tensor]:
+    """Heatmaps (J, size, size) of a person in one view, and F to another view, both scaled to that size."""
+    source, reference = people.scene(9, "walk", 20)[:2]
+    F = fundamental_from_cameras(source.camera, reference.camera)
+    A = np.diag([size / 64, size / 64, 1.0]) @ HEATMAP_FROM_INPUT
+    points = torch.from_numpy(source.joints[:joints] * size / 256)
+    return render(points, (size, size), sigma=size / 32).float(), torch.from_numpy(transfer(F, A, A))
+
+
+def maximum_by_grid_sample(values: Tensor, F: Tensor, volume: bool) -> Tensor:
+    """The maximum along a line from the nearest pixel at each of its W columns and H rows, as in AdaFuse.
+
+    volume: AdaFuse's way, the views stacked to a volume that is sampled at (x, y, view); otherwise the leaner
+    sampling of one view's picture.  values: (J, H, W).  F: (3, 3).  Returns (J, H, W).
+    """
+    H, W = values.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3).to(values)
+    a, b, c = (pixels @ F.to(values)).unbind(-1)  # of each reference pixel's line in the source view
+    columns, rows = torch.arange(W).to(values), torch.arange(H).to(values)
+    at_columns = torch.stack([columns.expand(len(a), -1), -(a[:, None] * columns + c[:, None]) / b[:, None]], -1)
+    at_rows = torch.stack([-(b[:, None] * rows + c[:, None]) / a[:, None], rows.expand(len(a), -1)], -1)
+    samples = torch.cat([at_columns, at_rows], 1)  # (H·W, W + H, 2)
+    grid = samples * samples.new_tensor([2 / (W - 1), 2 / (H - 1)]) - 1
+    values = values[None]
+    if volume:
+        values = torch.stack([values, values], 2)  # (1, J, views, H, W)
+        grid = torch.nn.functional.pad(grid, (0, 1), value=-1.0)[None]
+    sampled = torch.nn.functional.grid_sample(values, grid[None], mode="nearest", align_corners=True)
+    return sampled.amax(-1).reshape(-1, H, W)
+
+
+def ladder(rounds: int = 7) -> dict[str, float]:
+    """Seconds for 17 heatmaps of 64×64 at threshold 1, set-up of F included, from the slowest to the fastest."""
+    values, F = case()
+    J, H, _ = values.shape
+    seconds = measure(
+        {
+            "nested loops": lambda: redirect(values[:1], F, THRESHOLD, "loop", out_shape=(LOOP_ROWS, 64)),
+            "dense mask": lambda: redirect(values, F, THRESHOLD, "dense"),
+            "maximum, as AdaFuse": lambda: maximum_by_grid_sample(values, F, volume=True),
+            "maximum, grid_sample 2D": lambda: maximum_by_grid_sample(values, F, volume=False),
+            "pencil: maximum": lambda: Pencil.from_fundamental(F, (64, 64), THRESHOLD).max(values),
+            "pencil: sum": lambda: redirect(values, F, THRESHOLD),
+        },
+        rounds,
+    )
+    seconds["nested loops"] *= J * H / LOOP_ROWS
+    return seconds
+
+
+def reuse(rounds: int = 300) -> float:
+    """Time of one application with F's set-up kept, as a multiple of a plain copy of the same heatmaps."""
+    values, F = case()
+    pencil = Pencil.from_fundamental(F, (64, 64), THRESHOLD)
+    seconds = measure({"sum": lambda: pencil.sum(values), "copy": values.clone}, rounds)
+    return seconds["sum"] / seconds["copy"]
+
+
+def growth(sizes: tuple[int, ...] = (32, 64, 128, 256), rounds: int = 5) -> dict[int, tuple[float, float]]:
+    """For each size, seconds of `redirect` on size² pixels and the peak of memory that it allocates, in bytes."""
+    cases = {size: case(size) for size in sizes}
+    seconds = measure({size: lambda c=c: redirect(*c, THRESHOLD) for size, c in cases.items()}, rounds)
+    return {size: (seconds[size], peak_memory(lambda c=c: redirect(*c, THRESHOLD))) for size, c in cases.items()}
+
+
+def peak_memory(run: Callable) -> int:
+    """The most bytes that torch held at once while it ran."""
+    run()
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        run()
+    events = [e for e in traced.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
+@contextmanager
+def _silent_stderr():
+    """Without what the profiler's C++ code writes to the process's standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """The power p of values ~ N^p, N = size² pixels, fitted on logarithms."""
+    return float(np.polyfit(2 * np.log(sizes), np.log(values), 1)[0])
+
+
+def all_pairs(batch: int = 8, rounds: int = 3) -> dict[str, float]:
+    """Seconds, forward and backward, for a batch of scenes whose four views all fuse with each other."""
+    views = people.scene(9, "walk", 20)
+    pairs = [(s, r) for r in views for s in views if s is not r] * batch
+    F = torch.stack([torch.from_numpy(fundamental_from_cameras(s.camera, r.camera)) for s, r in pairs])
+    F = transfer(F, HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
+    joints = torch.stack([torch.from_numpy(s.joints) for s, _ in pairs])
+    values = render(joints / 4, (64, 64)).float().requires_grad_()
+    pencil = Pencil.from_fundamental(F, (64, 64), THRESHOLD)
+    return measure(
+        {
+            "set-up of 96 F": lambda: Pencil.from_fundamental(F, (64, 64), THRESHOLD),
+            "sum, forward": lambda: pencil.sum(values),
+            "sum, forward and backward": lambda: pencil.sum(values).sum().backward(),
+        },
+        rounds,
+    )
+
+
+def main() -> dict[str, float]:
+    """Measure everything on one thread, print the table, record the numbers; returns the ladder."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other on a busy machine, the fastest candidate longest
+    try:
+        return _report()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _report() -> dict[str, float]:
+    print("17 heatmaps of 64×64, threshold 1, set-up of F included, one thread")
+    steps = ladder()
+    fastest, maximum = steps["pencil: sum"], steps["pencil: maximum"]
+    for name, seconds in steps.items():
+        print(f"  {name:24s} {1e3 * seconds:12.2f} ms  {seconds / fastest:10.0f} ×")
+    print(f"  (the loops: one map and {LOOP_ROWS} of 64 reference rows, extrapolated)")
+    record("redirect.speedup_loop", steps["nested loops"] / fastest, "times faster than the original's nested loops")
+    record("redirect.speedup_dense", steps["dense mask"] / fastest, "times faster than a dense mask")
+    adafuse, lean = steps["maximum, as AdaFuse"], steps["maximum, grid_sample 2D"]
+    record("redirect.speedup_grid_sample", adafuse / fastest, "times faster than AdaFuse's maximum by grid_sample")
+    record("redirect.speedup_grid_sample_2d", lean / fastest, "times faster than a leaner grid_sample")
+    record("redirect.max_speedup_grid_sample", adafuse / maximum, "the exact maximum against AdaFuse's")
+    record("redirect.max_speedup_grid_sample_2d", lean / maximum, "the exact maximum against the leaner one")
+    record("redirect.seconds", fastest, "17 heatmaps, set-up of F included (s)")
+
+    times_copy = reuse()
+    print(f"with F's set-up kept: {times_copy:.0f} × a copy of the heatmaps")
+    record("redirect.times_copy", times_copy, "one application, set-up kept, in copies of the same tensor")
+
+    grown = growth()
+    time_power, memory_power = (exponent(list(grown), [pair[k] for pair in grown.values()]) for k in (0, 1))
+    for size, (seconds, peak) in grown.items():
+        print(f"  {size:3d}²: {1e3 * seconds:8.2f} ms  {peak / 1e6:7.1f} MB")
+    print(f"time grows as N^{time_power:.2f}, memory as N^{memory_power:.2f}")
+    record("redirect.time_exponent", time_power, "time grows as this power of the pixels, 32² to 256²")
+    record("redirect.memory_exponent", memory_power, "memory grows as this power of the pixels")
+
+    print("8 scenes, four views all fused with each other: 96 pairs of 17 heatmaps")
+    together = all_pairs()
+    for name, seconds in together.items():
+        print(f"  {name:26s} {1e3 * seconds:8.0f} ms")
+        record(f"redirect.all_pairs_seconds.{name.replace(', ', '_').replace(' ', '_')}", seconds)
+    a_pair = (together["set-up of 96 F"] + together["sum, forward"]) / 96
+    print(
+        f"  set-up and sum of one of these pairs: {1e3 * a_pair:.2f} ms, {adafuse / a_pair:.0f} × faster than AdaFuse's maximum"
+    )
+    record("redirect.all_pairs_speedup_grid_sample", adafuse / a_pair, "the same where 96 pairs are set up together")
+    return steps
+
+
+if __name__ == "__main__":
+    main()

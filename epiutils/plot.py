@@ -1,0 +1,164 @@
+"""Drawing: functions that take data and an Axes, draw, and return the Axes.
+
+Nothing here computes, shows or keeps state; `figure` makes figures without pyplot, for notebooks and explorers.
+Colours are Okabe and Ito's, distinct for colour-blind readers too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, GREY = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#777777",
+)  # fmt: skip
+COLOURS = (ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW, GREY)
+HEAT = "magma"
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+}
+
+
+class _Figure(Figure):
+    """A Figure that a notebook shows when it is a cell's last value, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] | None = None, quick: bool = False, **subplots):
+    """A figure and its Axes, an array where there are several: `fig, (left, right) = figure(1, 2)`.
+
+    size: (width, height) in inches; by default a picture of about 3 inches a column.  quick: fixed margins, for
+    pictures with a title and no ticks; fitting the margins takes half of the time that an explorer has.
+    """
+    with rc_context(STYLE):
+        fig = _Figure(figsize=size or (3.1 * columns, 3.2 * rows), layout=None if quick else "constrained")
+        FigureCanvasAgg(fig)
+        if quick:
+            fig.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.88, wspace=0.04)
+        return fig, fig.subplots(rows, columns, **subplots)
+
+
+def picture(ax: Axes, image: np.ndarray, title: str = "") -> Axes:
+    """A picture, its pixel centres at whole numbers, without ticks."""
+    ax.imshow(image)
+    ax.set(title=title, xticks=[], yticks=[], xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def heatmap(ax: Axes, values, title: str = "", bar: bool = True, ticks: bool = True) -> Axes:
+    """A heatmap (H, W) from its lowest to its highest value, with a colour bar and axes in heatmap pixels."""
+    shown = ax.imshow(np.asarray(values), cmap=HEAT, interpolation="nearest")
+    if bar:
+        ax.figure.colorbar(shown, ax=ax, shrink=0.75, pad=0.02).outline.set_visible(False)
+    ax.set(title=title, xlabel="x (px)", ylabel="y (px)")
+    if not ticks:
+        ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
+    return ax
+
+
+def signed(ax: Axes, values, title: str = "", labels: bool = False) -> Axes:
+    """A small signed matrix such as a 3×3 weight, blue below and orange above zero, its numbers written in."""
+    values = np.asarray(values)
+    limit = max(np.abs(values).max(), 1e-12)
+    ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    if labels:
+        for (y, x), value in np.ndenumerate(values):
+            ink = "white" if abs(value) > 0.6 * limit else "black"
+            ax.text(x, y, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8.5)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def points(ax: Axes, xy, colour=ORANGE, marker: str = "o", size: float = 28, label: str | None = None) -> Axes:
+    """Points (N, 2), outlined so that they are seen on any picture; nan is left out."""
+    xy = np.asarray(xy).reshape(-1, 2)
+    ring = {"edgecolors": "white", "linewidths": 0.7} if marker in "os" else {"linewidths": 1.6}
+    ax.scatter(xy[:, 0], xy[:, 1], s=size, c=colour, marker=marker, label=label, zorder=3, **ring)
+    return ax
+
+
+def skeleton(ax: Axes, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None) -> Axes:
+    """Bones between joints (J, 2), and the joints; those that `hidden` (J,) marks are hollow."""
+    joints = np.asarray(joints)
+    ax.add_collection(LineCollection([joints[list(b)] for b in bones], colors=colour, linewidths=1.5, alpha=0.85))
+    seen = np.ones(len(joints), bool) if hidden is None else ~np.asarray(hidden)
+    ax.scatter(*joints[seen].T, s=14, c=colour, edgecolors="white", linewidths=0.5, zorder=3)
+    ax.scatter(*joints[~seen].T, s=18, facecolors="none", edgecolors=colour, linewidths=1.2, zorder=3)
+    return ax
+
+
+def lines(ax: Axes, abc, shape: tuple[int, int], colour=SKY, style: str = "-", width: float = 1.3, label=None) -> Axes:
+    """Lines (N, 3), a·x + b·y + c = 0, across a picture of shape (H, W); `colour` is one or N of them."""
+    abc = np.asarray(abc, dtype=float).reshape(-1, 3)
+    middle = np.array([(shape[1] - 1) / 2, (shape[0] - 1) / 2])
+    normal = abc[:, :2] / np.linalg.norm(abc[:, :2], axis=1, keepdims=True)
+    offset = (abc[:, :2] @ middle + abc[:, 2]) / np.linalg.norm(abc[:, :2], axis=1)
+    foot = middle - offset[:, None] * normal
+    along = np.stack([-normal[:, 1], normal[:, 0]], -1) * 2 * max(shape)
+    ends = np.stack([foot - along, foot + along], 1)  # (N, 2, 2)
+    ax.add_collection(LineCollection(ends, colors=colour, linestyles=style, linewidths=width, label=label))
+    ax.set(xlim=(-0.5, shape[1] - 0.5), ylim=(shape[0] - 0.5, -0.5))
+    return ax
+
+
+def fused_row(axes: Sequence[Axes], source, ridge, reference, fused) -> Sequence[Axes]:
+    """The original's figure: source | ridge | reference | fused, each heatmap on its own scale, its range above it."""
+    titles = ("source", "ridge", "reference", "fused")
+    for ax, title, values in zip(axes, titles, (source, ridge, reference, fused), strict=True):
+        low, high = float(values.min()), float(values.max())
+        heatmap(ax, values, f"{title}: {low + 0.0:.2g} to {high:.3g}", bar=False, ticks=False)
+    return axes
+
+
+def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", marker: str = "o") -> Axes:
+    """One labelled curve for each name of `series`; log: the axes ("x", "y", "xy") that are logarithmic."""
+    for colour, (name, y) in zip(COLOURS, series.items(), strict=False):
+        ax.plot(x, y, marker=marker, markersize=4.5, color=colour, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, **{f"{axis}scale": "log" for axis in log})
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xticks(x, [f"{value:g}" for value in x])
+    ax.minorticks_off()
+    ax.legend(fontsize=9, frameon=False)
+    return ax
+
+
+def ladder(ax: Axes, seconds: dict[str, float]) -> Axes:
+    """Times as horizontal bars on a logarithmic scale, each with its number."""
+    names = list(seconds)
+    ax.barh(names, list(seconds.values()), color=[BLUE if name.startswith("pencil") else GREY for name in names])
+    for name, value in seconds.items():
+        ax.text(value * 1.15, name, _duration(value), va="center", fontsize=9)
+    ax.set(xscale="log", xlabel="time for 17 heatmaps of 64×64 (s, logarithmic)")
+    ax.set_xlim(right=max(seconds.values()) * 12)
+    ax.invert_yaxis()
+    return ax
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}"

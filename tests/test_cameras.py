@@ -1,0 +1,347 @@
+"""Cameras: OpenCV's model, A K for a crop, and rig files that come back as they were."""
+
+import os
+import tomllib
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tomli_w
+from rigs import LENS, camera_pair, look_at, world_points
+
+from epiutils.cameras import Camera, View, crop_affine, read_calib, write_calib
+
+REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing" / "calibration" / "Calib.toml"
+SEEDS = range(4)
+RNG = np.random.default_rng(7)
+AFFINES = {
+    "shift": np.array([[1, 0, -20.5], [0, 1, 13.0], [0, 0, 1]]),
+    "anisotropic": np.diag([0.5, 1.7, 1.0]),
+    "rotation": crop_affine((150, 110), 180, (64, 96), rotation=0.6),
+    "shear": np.array([[1.1, 0.3, 5], [-0.2, 0.8, -7], [0, 0, 1]]),
+}
+
+
+def plain(**changes):
+    """A camera with one field changed."""
+    K = [[300, 0, 160], [0, 310, 120], [0, 0, 1]]
+    return Camera(**{"K": K, "R": np.eye(3), "t": (0, 0, 3), "size": (320, 240), "name": "left", **changes})
+
+
+def opencv_pixels(camera, X):
+    pixels, _ = cv2.projectPoints(X, cv2.Rodrigues(camera.R)[0], camera.t, camera.K, camera.distortion)
+    return pixels[:, 0]
+
+
+@pytest.mark.parametrize("distortion", [(), (-0.1, 0.05, 1e-3, 2e-3), LENS], ids=["none", "four", "five"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_projection_is_opencvs(seed, distortion):
+    X = world_points(seed)
+    for camera in camera_pair(seed, distortion):
+        np.testing.assert_allclose(camera.project(X), opencv_pixels(camera, X), atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_P_and_C_are_those_of_the_pinhole(seed):
+    X = world_points(seed)
+    for camera in camera_pair(seed):
+        x = np.column_stack([X, np.ones(len(X))]) @ camera.P.T
+        np.testing.assert_allclose(x[:, :2] / x[:, 2:], opencv_pixels(camera, X), atol=1e-9)
+        np.testing.assert_allclose(camera.P @ np.append(camera.C, 1), 0, atol=1e-9)
+
+
+def test_the_camera_of_look_at_sees_its_target_in_the_middle_and_up_is_up():
+    camera = look_at((4, 1, 1.5), (0, 0, 1), size=(320, 240))
+    np.testing.assert_allclose(camera.project((0, 0, 1)), (159.5, 119.5))
+    assert camera.project((0, 0, 1.2))[1] < 119.5
+    np.testing.assert_allclose(camera.C, (4, 1, 1.5))
+
+
+def test_points_in_or_behind_the_cameras_plane_have_no_image():
+    X = np.array([[0, 0, 1.0], [0.1, 0, -3], [0.1, 0.2, -5], [0, 0, -3 + 1e-9]])
+    seen = plain(distortion=LENS).project(X)
+    assert np.isfinite(seen).all(-1).tolist() == [True, False, False, True]
+    assert np.isnan(seen[1:3]).all()
+
+
+def test_projection_keeps_leading_dimensions():
+    X = world_points(0, 24).reshape(2, 3, 4, 3)
+    camera = plain(t=(0, 0, 5), distortion=LENS)
+    assert camera.project(X).shape == (2, 3, 4, 2)
+    np.testing.assert_array_equal(camera.project(X)[1, 2, 3], camera.project(X[1, 2, 3]))
+    np.testing.assert_array_equal(
+        camera.undistort(camera.project(X))[1, 2, 3], camera.undistort(camera.project(X[1, 2, 3]))
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_undistort_takes_recorded_pixels_to_the_undistorted_cameras(seed):
+    X = world_points(seed)
+    for camera in camera_pair(seed, LENS):
+        recorded, straight = camera.project(X), camera.without_distortion().project(X)
+        assert np.abs(recorded - straight).max() > 0.5, "a lens that does nothing tests nothing"
+        np.testing.assert_allclose(camera.undistort(recorded), straight, atol=1e-6)
+        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 200, 1e-14)
+        opencv = cv2.undistortPoints(recorded, camera.K, camera.distortion, None, None, camera.K, criteria)[:, 0]
+        np.testing.assert_allclose(camera.undistort(recorded), opencv, atol=1e-6)
+
+
+def test_undistort_gives_nan_where_the_lens_has_no_inverse():
+    camera = plain(distortion=(-0.3, 0, 0, 0))  # r − 0.3 r³ never exceeds 0.703
+    found = camera.undistort([[160, 120], [200, 150], [160 + 300 * 0.75, 120]])
+    assert np.isfinite(found[:2]).all() and np.isnan(found[2]).all()
+    assert np.isnan(camera.undistort([[np.nan, 3.0]])).all()
+
+
+@pytest.mark.parametrize("distortion", [(), LENS], ids=["straight", "lens"])
+@pytest.mark.parametrize("A", AFFINES.values(), ids=AFFINES)
+def test_a_crop_moves_every_pixel_by_its_affine(A, distortion):
+    X = world_points(3)
+    camera = camera_pair(3, distortion)[0]
+    cropped = camera.crop(A, (64, 96))
+    x = camera.project(X)
+    np.testing.assert_allclose(cropped.project(X), x @ A[:2, :2].T + A[:2, 2], atol=1e-9)
+    np.testing.assert_allclose(
+        cropped.undistort(cropped.project(X)), cropped.without_distortion().project(X), atol=1e-6
+    )
+    assert cropped.size == (64, 96) and camera.size == (320, 240)
+
+
+def test_a_resize_keeps_pixel_areas_as_cv2_resize_does():
+    camera = plain()
+    small = camera.resize((160, 80))
+    image = np.zeros((240, 320), np.float32)
+    image[120:123, 200:202] = 1  # pixel areas: centre of mass (200.5, 121)
+    ys, xs = np.nonzero(image)
+    X = np.linalg.inv(camera.K) @ (xs.mean(), ys.mean(), 1) * 3 - (0, 0, 3)
+    shrunk = cv2.resize(image, (160, 80), interpolation=cv2.INTER_AREA)
+    total, (yy, xx) = shrunk.sum(), np.indices(shrunk.shape)
+    np.testing.assert_allclose(small.project(X), ((xx * shrunk).sum() / total, (yy * shrunk).sum() / total), atol=1e-5)
+    np.testing.assert_allclose(small.resize((320, 240)).K, camera.K)
+
+
+def test_crop_affine_puts_the_square_where_it_should():
+    A = crop_affine((100, 60), side=50, size=(200, 120))
+    for point, expected in {(100, 60): (100, 60), (75, 60): (0, 60), (100, 35): (100, -40)}.items():
+        np.testing.assert_allclose(A @ (*point, 1), (*expected, 1))
+
+
+def test_crop_affine_turns_clockwise_on_the_screen():
+    A = crop_affine((100, 60), side=50, size=(50, 50), rotation=np.pi / 2)
+    np.testing.assert_allclose(A @ (110, 60, 1), (25, 35, 1), atol=1e-12)  # right of the centre → below it
+    np.testing.assert_allclose(A @ (100, 50, 1), (35, 25, 1), atol=1e-12)  # above it → right of it
+
+
+@pytest.mark.parametrize("side", [0, -1, np.nan])
+def test_crop_affine_refuses_a_side_that_is_not_positive(side):
+    with pytest.raises(ValueError, match="side must be positive"):
+        crop_affine((0, 0), side)
+
+
+BAD_FIELDS = {
+    "K needs positive focal": {"K": np.diag([-1, 1, 1])},
+    "K needs positive focal lengths and the last row": {"K": np.diag([1, 1, 2])},
+    "K must hold": {"K": np.eye(4)},
+    "R is not a rotation": {"R": np.diag([1, 1, -1.0])},
+    "R is not a rotation .*det": {"R": 2 * np.eye(3)},
+    "R must hold": {"R": np.full((3, 3), np.nan)},
+    "t must hold": {"t": (1, 2)},
+    "t must hold .*inf": {"t": (1, 2, np.inf)},
+    "distortion needs": {"distortion": np.zeros(8)},
+    "distortion must hold": {"distortion": (np.nan, 0, 0, 0)},
+    "size must be": {"size": (0, 240)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FIELDS)
+def test_what_is_no_camera_is_refused_by_camera_and_field(message):
+    with pytest.raises(ValueError, match=f"(?s)left: {message}"):
+        plain(**BAD_FIELDS[message])
+
+
+@pytest.mark.parametrize("A", [np.zeros((3, 3)), np.eye(2), np.diag([1, 1, 2.0]), np.diag([1, 0, 1.0])])
+def test_a_crop_needs_an_invertible_affine(A):
+    with pytest.raises(ValueError, match="left: A must be an invertible"):
+        plain().crop(A, (10, 20))
+
+
+def test_a_camera_is_frozen_and_keeps_copies_of_its_arrays():
+    K = np.diag([300.0, 310, 1])
+    camera = plain(K=K)
+    K[0, 0] = 1
+    assert camera.K[0, 0] == 300 and camera.K.dtype == np.float64
+    for field in ("K", "R", "t", "distortion"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(camera, field)[...] = 0
+    with pytest.raises(FrozenInstanceError):
+        camera.size = (1, 1)
+    assert plain(distortion=(1, 2, 3, 4)).distortion.tolist() == [1, 2, 3, 4, 0]
+
+
+def test_projecting_does_not_change_its_input():
+    X, x = world_points(0), RNG.uniform(0, 200, (9, 2))
+    before = X.copy(), x.copy()
+    camera = camera_pair(0, LENS)[0]
+    camera.project(X), camera.undistort(x)
+    np.testing.assert_array_equal(X, before[0])
+    np.testing.assert_array_equal(x, before[1])
+
+
+@pytest.mark.parametrize("distortion", [(), (-0.1, 0.05, 1e-3, 2e-3), LENS], ids=["none", "four", "five"])
+def test_a_rig_file_comes_back_as_it_was_written(tmp_path, distortion):
+    cameras = camera_pair(1, distortion) + [replace(camera_pair(2)[0], name="third camera.é")]
+    write_calib(tmp_path / "Calib.toml", cameras)
+    back = read_calib(tmp_path / "Calib.toml")
+    assert [c.name for c in back] == ["src", "ref", "third camera.é"]
+    for old, new in zip(cameras, back, strict=True):
+        assert new.size == old.size
+        for field in ("K", "t", "distortion"):
+            np.testing.assert_array_equal(getattr(new, field), getattr(old, field))
+        np.testing.assert_allclose(new.R, old.R, atol=1e-14)
+    assert os.listdir(tmp_path) == ["Calib.toml"], "no temporary file stays"
+
+
+def test_a_written_rig_has_the_keys_and_units_of_pose2sim(tmp_path):
+    camera = camera_pair(1, (-0.1, 0.05, 1e-3, 2e-3))[1]
+    write_calib(tmp_path / "Calib.toml", [camera])
+    table = tomllib.loads((tmp_path / "Calib.toml").read_text())["ref"]
+    assert table["size"] == [300.0, 400.0] and table["distortions"] == [-0.1, 0.05, 1e-3, 2e-3]
+    np.testing.assert_allclose(table["rotation"], cv2.Rodrigues(camera.R)[0].ravel(), atol=1e-12)
+    assert table["translation"] == camera.t.tolist() and table["matrix"] == camera.K.tolist()
+
+
+def test_writing_replaces_a_file_whole_or_leaves_it(tmp_path):
+    path = tmp_path / "Calib.toml"
+    write_calib(path, camera_pair(1))
+    before = path.read_text()
+    with pytest.raises(AttributeError):
+        write_calib(path, [*camera_pair(2), "no camera"])
+    assert path.read_text() == before
+    write_calib(path, camera_pair(2)[:1])
+    assert len(read_calib(path)) == 1
+
+
+TABLE = {
+    "name": "a",
+    "size": [320.0, 240.0],
+    "matrix": [[300.0, 0.0, 160.0], [0.0, 300.0, 120.0], [0.0, 0.0, 1.0]],
+    "distortions": [0.0, 0.0, 0.0, 0.0],
+    "rotation": [0.1, 0.2, 0.3],
+    "translation": [0.0, 0.0, 3.0],
+}
+BAD_FILES = {
+    "is not a TOML file": "[cam\nsize = 3",
+    "no camera in it": "",
+    r"table \[cam\]: expected a table": "cam = 3",
+    r"table \[cam\]: missing distortions, matrix": {
+        k: v for k, v in TABLE.items() if k not in ("matrix", "distortions")
+    },
+    r"table \[cam\]: fisheye": TABLE | {"fisheye": True},
+    r"table \[cam\]: .*reshape": TABLE | {"rotation": [1.0, 2.0]},
+    r"table \[cam\]: a: t must hold": TABLE | {"translation": [1.0, 2.0]},
+    r"table \[cam\]: a: K must hold": TABLE | {"matrix": [[1.0]]},
+    r"table \[cam\]: a: distortion needs": TABLE | {"distortions": [0.0] * 8},
+    r"table \[cam\]: .*size|table \[cam\]: .*values": TABLE | {"size": [1.0]},
+    r"table \[cam\]: could not convert": TABLE | {"translation": ["x", "y", "z"]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_a_bad_rig_file_is_refused_by_file_table_and_key(tmp_path, message):
+    path, content = tmp_path / "Calib.toml", BAD_FILES[message]
+    path.write_text(content if isinstance(content, str) else tomli_w.dumps({"cam": content}))
+    with pytest.raises(ValueError, match=f"(?s)Calib.toml.*{message}"):
+        read_calib(path)
+
+
+def test_two_cameras_of_one_name_are_refused(tmp_path):
+    (tmp_path / "Calib.toml").write_text(tomli_w.dumps({"one": TABLE, "two": TABLE}))
+    with pytest.raises(ValueError, match="two cameras share a name"):
+        read_calib(tmp_path / "Calib.toml")
+
+
+def test_a_camera_without_a_name_takes_its_tables_and_metadata_is_no_camera(tmp_path):
+    unnamed = {k: v for k, v in TABLE.items() if k != "name"}
+    (tmp_path / "Calib.toml").write_text(tomli_w.dumps({"metadata": {"error": 0.0}, "cam_7": unnamed}))
+    (camera,) = read_calib(tmp_path / "Calib.toml")
+    assert camera.name == "cam_7"
+    np.testing.assert_allclose(camera.R, cv2.Rodrigues(np.array([0.1, 0.2, 0.3]))[0], atol=1e-12)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"the recording is not here: {REAL}")
+def test_the_real_recordings_rig_reads():
+    cameras = read_calib(REAL)
+    assert len(cameras) == 4 and len({c.name for c in cameras}) == 4
+    tables = [table for key, table in tomllib.loads(REAL.read_text()).items() if key != "metadata"]
+    for camera, table in zip(cameras, tables, strict=True):
+        assert camera.size == (1088, 1920)
+        X = camera.C + camera.R.T @ (0.3, -0.4, 3)
+        lens = np.array(table["matrix"]), np.array(table["distortions"])
+        pixels, _ = cv2.projectPoints(X, np.array(table["rotation"]), np.array(table["translation"]), *lens)
+        np.testing.assert_allclose(camera.project(X), pixels[0, 0], atol=1e-6)
+
+
+def dotted_view(camera, X):
+    """A dark picture with a bright, soft dot at each point."""
+    x = camera.project(X)
+    yy, xx = np.mgrid[: camera.size[1], : camera.size[0]]
+    glow = sum(np.exp(-((xx - px) ** 2 + (yy - py) ** 2) / (2 * 3.0**2)) for px, py in x)
+    image = np.repeat((200 * glow.clip(0, 1))[..., None], 3, -1).round().astype(np.uint8)
+    return View(image, camera, x, np.ones(len(x)), X)
+
+
+def centroid(image, point, radius=14):
+    """Centre of the brightness around a point."""
+    yy, xx = np.mgrid[: image.shape[0], : image.shape[1]]
+    weight = image[..., 0] * ((xx - point[0]) ** 2 + (yy - point[1]) ** 2 < radius**2).astype(float)
+    return np.array([(xx * weight).sum(), (yy * weight).sum()]) / weight.sum()
+
+
+DOTS = np.array([[0, 0.6, 1.5], [0.2, -0.5, 0.8], [-0.2, 0.3, 0.6], [0, 0, 1.1]])
+CAMERA = look_at((3, 0.3, 1.2), (0, 0, 1), 320, (320, 240), 0.1, (-0.5, 0.2, 2e-3, 3e-3, 0))
+
+
+@pytest.mark.parametrize(
+    "A", [AFFINES["shift"], np.diag([0.8, 1.3, 1.0]), crop_affine((160, 120), 250, (260, 200), 0.4)]
+)
+def test_a_crop_of_a_view_moves_picture_joints_and_camera_together(A):
+    view = dotted_view(CAMERA, DOTS).crop(A, (260, 310))
+    assert view.image.shape == (310, 260, 3) and view.camera.size == (260, 310)
+    np.testing.assert_allclose(view.joints, view.camera.project(DOTS), atol=1e-9)
+    inside = ((view.joints > 15) & (view.joints < np.array([260, 310]) - 15)).all(-1)
+    assert inside.sum() >= 3
+    for joint in view.joints[inside]:
+        np.testing.assert_allclose(centroid(view.image, joint), joint, atol=0.3)
+
+
+def test_undistorting_a_view_moves_picture_joints_and_camera_together():
+    bent = dotted_view(CAMERA, DOTS)
+    view = bent.undistorted()
+    assert not view.camera.distortion.any()
+    np.testing.assert_allclose(view.joints, view.camera.project(DOTS), atol=1e-5)
+    assert np.abs(view.joints - bent.joints).max() > 1.5
+    for joint in view.joints:
+        np.testing.assert_allclose(centroid(view.image, joint), joint, atol=0.35)
+    assert view.undistorted() is view
+
+
+def test_the_crop_to_a_person_has_every_joint_inside_and_keeps_unknown_ones_unknown():
+    view = dotted_view(CAMERA, DOTS)
+    view = replace(view, joints=np.vstack([view.joints, [np.nan, np.nan]]))
+    crop = view.crop_to_person((96, 96), margin=1.25)
+    known = crop.joints[:-1]
+    assert np.isnan(crop.joints[-1]).all() and crop.image.shape == (96, 96, 3)
+    extent = known.max(0) - known.min(0)
+    np.testing.assert_allclose(extent.max(), 96 / 1.25)
+    np.testing.assert_allclose((known.max(0) + known.min(0)) / 2, 48)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_the_crop_to_a_person_needs_two_joints(known):
+    view = dotted_view(CAMERA, DOTS)
+    joints = view.joints.copy()
+    joints[known:, 0] = np.nan
+    with pytest.raises(ValueError, match=f"{known} joints known, at least 2"):
+        replace(view, joints=joints).crop_to_person()

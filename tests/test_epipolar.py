@@ -1,0 +1,348 @@
+"""Two-view geometry: theorems on seeded rigs, OpenCV as oracle, and points from which no F follows."""
+
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from rigs import LENS, camera_pair, look_at, up_to_scale, world_points
+from scipy.optimize import least_squares, minimize_scalar
+
+from epiutils.cameras import crop_affine
+from epiutils.epipolar import (
+    METHODS,
+    cross_matrix,
+    epipolar_lines,
+    epipoles,
+    find_fundamental,
+    fundamental_from_cameras,
+    homogeneous,
+    point_line_distance,
+    sampson_distance,
+    symmetric_epipolar_distance,
+    transfer,
+)
+
+SEEDS = range(6)
+
+
+def exact_pair(seed, n=40):
+    """F from calibration and n exact correspondences."""
+    src, ref = camera_pair(seed)
+    X = world_points(seed, n)
+    return fundamental_from_cameras(src, ref), src.project(X), ref.project(X)
+
+
+def noisy_pair(seed, sigma=2.0, n=40):
+    F, x_src, x_ref = exact_pair(seed, n)
+    rng = np.random.default_rng(seed)
+    return F, x_src + rng.normal(0, sigma, x_src.shape), x_ref + rng.normal(0, sigma, x_ref.shape)
+
+
+def literal_line(F, x):
+    """F (x, y, 1) with a² + b² = 1, in plain Python."""
+    a, b, c = (row[0] * x[0] + row[1] * x[1] + row[2] for row in F)
+    n = (a * a + b * b) ** 0.5
+    return np.array([a / n, b / n, c / n])
+
+
+def brute_distance(F, x_src, x_ref):
+    """Distance from x_ref to its line: the nearest of points that lie on the line, found by minimisation."""
+    a, b, c = literal_line(F, x_src)
+    foot = np.array([-a * c, -b * c])
+    along = np.array([-b, a])
+    best = minimize_scalar(lambda s: np.sum((foot + s * along - x_ref) ** 2))
+    return np.sqrt(best.fun)
+
+
+def nearest_exact(F, x_src, x_ref):
+    """Distance in ℝ⁴ to the nearest exact correspondence: the source point moves by m, the other drops onto its line."""
+    best = least_squares(lambda m: [*m, literal_line(F, x_src + m) @ (*x_ref, 1)], (0, 0), xtol=1e-12, gtol=1e-12)
+    return np.sqrt(2 * best.cost)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_matches_satisfy_the_epipolar_constraint_and_others_do_not(seed):
+    F, x_src, x_ref = exact_pair(seed)
+    error = np.einsum("ni,ij,nj->n", homogeneous(x_ref), F, homogeneous(x_src))
+    shuffled = np.einsum("ni,ij,nj->n", homogeneous(x_ref[::-1]), F, homogeneous(x_src))
+    assert np.abs(error).max() < 1e-12 and np.median(np.abs(shuffled)) > 1e-6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_constraint_holds_for_undistorted_points_of_cameras_with_lenses(seed):
+    src, ref = camera_pair(seed, LENS)
+    X = world_points(seed)
+    F, x_src, x_ref = fundamental_from_cameras(src, ref), src.project(X), ref.project(X)
+    assert point_line_distance(F, src.undistort(x_src), ref.undistort(x_ref)).max() < 1e-5
+    assert point_line_distance(F, x_src, x_ref).max() > 0.05
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_F_has_rank_2_and_unit_norm(seed):
+    F = fundamental_from_cameras(*camera_pair(seed))
+    singular = np.linalg.svd(F, compute_uv=False)
+    assert singular[2] < 1e-12 * singular[0] and np.linalg.matrix_rank(F, tol=1e-12) == 2
+    np.testing.assert_allclose(np.linalg.norm(F), 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_F_of_the_views_exchanged_is_the_transpose(seed):
+    src, ref = camera_pair(seed)
+    there, back = fundamental_from_cameras(src, ref), fundamental_from_cameras(ref, src)
+    np.testing.assert_allclose(up_to_scale(there), up_to_scale(back.T), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_epipole_is_the_image_of_the_other_centre_and_lies_on_every_line(seed):
+    src, ref = camera_pair(seed)
+    F = fundamental_from_cameras(src, ref)
+    e_src, e_ref = epipoles(F)
+    np.testing.assert_allclose(np.cross(e_ref, ref.P @ np.append(src.C, 1)), 0, atol=1e-8)
+    np.testing.assert_allclose(np.cross(e_src, src.P @ np.append(ref.C, 1)), 0, atol=1e-8)
+    np.testing.assert_allclose([np.linalg.norm(e_src), np.linalg.norm(e_ref)], 1)
+    x = np.random.default_rng(seed).uniform(0, 300, (50, 2))
+    assert np.abs(epipolar_lines(F, x) @ e_ref).max() < 1e-9
+    assert np.abs(epipolar_lines(F.T, x) @ e_src).max() < 1e-9
+
+
+def test_the_epipoles_of_a_rectified_pair_are_at_infinity():
+    e_src, e_ref = epipoles(np.array([[0, 0, 0], [0, 0, -1.0], [0, 1, 0]]))
+    for e in (e_src, e_ref):
+        np.testing.assert_allclose(np.abs(e), (1, 0, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_to_transfer_F_is_to_crop_the_cameras(seed):
+    src, ref = camera_pair(seed)
+    A_src = crop_affine((150, 110), 200, (64, 48), rotation=0.4)
+    A_ref = np.array([[0.2, 0.03, 4], [-0.01, 0.3, -6], [0, 0, 1]])
+    moved = transfer(fundamental_from_cameras(src, ref), A_src, A_ref)
+    cropped = fundamental_from_cameras(src.crop(A_src, (64, 48)), ref.crop(A_ref, (60, 90)))
+    np.testing.assert_allclose(up_to_scale(moved), up_to_scale(cropped), atol=1e-10)
+    swapped = transfer(fundamental_from_cameras(src, ref), A_ref, A_src)
+    assert np.abs(up_to_scale(swapped) - up_to_scale(cropped)).max() > 1e-3
+
+
+def test_transfers_compose_and_undo():
+    F = fundamental_from_cameras(*camera_pair(2))
+    A, B = np.diag([0.25, 0.5, 1]), crop_affine((90, 80), 100, (64, 48), 0.3)
+    np.testing.assert_allclose(transfer(transfer(F, A, B), B, A), transfer(F, B @ A, A @ B), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(transfer(transfer(F, A, B), np.linalg.inv(A), np.linalg.inv(B)), F, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, -3e5, 1e-9])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lines_are_opencvs(seed, scale):
+    F, x_src, x_ref = noisy_pair(seed)
+    for index, (matrix, x) in enumerate([(F, x_src), (F.T, x_ref)], start=1):
+        opencv = cv2.computeCorrespondEpilines(x[:, None], index, F)[:, 0]
+        lines = epipolar_lines(scale * matrix, x)
+        np.testing.assert_allclose(lines * np.sign(scale), opencv, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(lines[3] * np.sign(scale), literal_line(matrix, x[3]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_distances_are_those_to_the_nearest_points_of_the_lines(seed):
+    F, x_src, x_ref = noisy_pair(seed, n=6)
+    there = [brute_distance(F, a, b) for a, b in zip(x_src, x_ref, strict=True)]
+    back = [brute_distance(F.T, b, a) for a, b in zip(x_src, x_ref, strict=True)]
+    np.testing.assert_allclose(point_line_distance(F, x_src, x_ref), there, rtol=1e-5, atol=1e-6)
+    symmetric = symmetric_epipolar_distance(7 * F, x_src, x_ref)
+    np.testing.assert_allclose(symmetric, np.add(there, back) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(symmetric, symmetric_epipolar_distance(F.T, x_ref, x_src))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sampson_is_to_first_order_the_distance_to_the_nearest_exact_correspondence(seed):
+    F, exact_src, exact_ref = exact_pair(seed, 5)
+    noise = np.random.default_rng(seed).normal(0, 1, (5, 4))
+    for sigma, first_order in ((0.3, 2e-2), (0.03, 2e-3)):
+        x_src, x_ref = exact_src + sigma * noise[:, :2], exact_ref + sigma * noise[:, 2:]
+        for a, b, claimed in zip(x_src, x_ref, sampson_distance(F, x_src, x_ref), strict=True):
+            np.testing.assert_allclose(claimed, nearest_exact(F, a, b), rtol=first_order, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sampson_is_the_root_of_opencvs(seed):
+    F, x_src, x_ref = noisy_pair(seed)
+    squared = [cv2.sampsonDistance(np.append(a, 1), np.append(b, 1), F) for a, b in zip(x_src, x_ref, strict=True)]
+    np.testing.assert_allclose(sampson_distance(F, x_src, x_ref) ** 2, squared, rtol=1e-9)
+
+
+DISTANCES = [epipolar_lines, epipoles, symmetric_epipolar_distance, point_line_distance, sampson_distance, transfer]
+
+
+@pytest.mark.parametrize("function", DISTANCES, ids=lambda f: f.__name__)
+def test_torch_equals_numpy_and_a_batch_equals_a_loop(function):
+    triples = [noisy_pair(seed, n=7) for seed in range(3)]
+    F, x_src, x_ref = (np.stack(arrays) for arrays in zip(*triples, strict=True))
+    A = np.stack([crop_affine((90 + i, 80), 100, (64, 48), 0.3 * i) for i in range(3)])
+    names = {"epipolar_lines": (F, x_src), "epipoles": (F,), "transfer": (F, A, A[::-1].copy())}
+    arguments = names.get(function.__name__, (F, x_src, x_ref))
+    before = [a.copy() for a in arguments]
+    batched = np.stack([*function(*arguments)])
+    looped = np.stack([np.stack([*function(*(a[i] for a in arguments))]) for i in range(3)])
+    looped = looped.swapaxes(0, 1) if function is epipoles else looped
+    tensors = function(*(torch.from_numpy(a) for a in arguments))
+    assert all(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors)
+    for other in (looped, torch.stack([*tensors]).numpy()):
+        if function is epipoles:  # of either sign
+            assert np.allclose(np.abs((batched * other).sum(-1)), 1, atol=1e-9)
+        else:
+            np.testing.assert_allclose(batched, other, rtol=1e-8, atol=1e-10)
+    for old, new in zip(before, arguments, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_distances_are_differentiable_in_torch():
+    F, x_src, x_ref = (torch.from_numpy(a) for a in noisy_pair(1, n=3))
+    size = F.abs()  # its entries differ by 1e5: finite differences need them scaled
+    for distance in (symmetric_epipolar_distance, sampson_distance):
+        inputs = [a.clone().requires_grad_() for a in (F.sign(), x_src, x_ref)]
+        assert torch.autograd.gradcheck(lambda f, *x, of=distance: of(f * size, *x), inputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_a_point_at_the_epipole_has_no_line_and_gives_nan(as_array):
+    F = cross_matrix([3.0, 2.0, 1.0])  # forward motion: both epipoles at (3, 2)
+    x_src, x_ref = as_array(np.array([[3.0, 2], [5, 2]])), as_array(np.array([[4.0, 7], [5, 3]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines = epipolar_lines(as_array(F), x_src)
+        distances = symmetric_epipolar_distance(as_array(F), x_src, x_ref)
+        sampson = sampson_distance(as_array(F), x_src, as_array(np.array([[3.0, 2], [5, 3]])))
+    for result in (lines, distances, sampson):
+        result = np.asarray(result)
+        assert np.isnan(result[0]).all() and np.isfinite(result[1]).all()
+
+
+def test_the_cross_matrix_multiplies_as_the_cross_product():
+    v, w = np.random.default_rng(0).normal(size=(2, 3))
+    np.testing.assert_allclose(cross_matrix(v) @ w, np.cross(v, w))
+
+
+def test_cameras_that_share_their_centre_have_no_F():
+    src = look_at((4, 0, 1), (0, 0, 1), name="one")
+    ref = look_at((4, 0, 1), (0, 1, 1), focal=200, size=(200, 300), name="two")
+    with pytest.raises(ValueError, match="cameras one and two share their centre"):
+        fundamental_from_cameras(src, ref)
+    fundamental_from_cameras(src, look_at((4, 1e-3, 1), (0, 0, 1)))  # a small baseline is one
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_exact_correspondences_give_the_calibrated_F(seed, method):
+    F, x_src, x_ref = exact_pair(seed)
+    found, inliers = find_fundamental(x_src, x_ref, method)
+    assert inliers.dtype == bool and inliers.shape == (40,) and inliers.all()
+    np.testing.assert_allclose(np.linalg.norm(found), 1)
+    assert np.linalg.svd(found, compute_uv=False)[2] < 1e-12
+    assert symmetric_epipolar_distance(found, x_src, x_ref).max() < 1e-2
+    np.testing.assert_allclose(up_to_scale(found), up_to_scale(F), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lmeds", "ransac", "magsac"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_outliers_are_marked_and_do_not_move_F(seed, method):
+    F, x_src, x_ref = exact_pair(seed, 60)
+    rng = np.random.default_rng(seed)
+    outlier = np.arange(60) % 4 == 0
+    x_ref = np.where(outlier[:, None], rng.uniform(0, 300, (60, 2)), x_ref + rng.normal(0, 0.05, (60, 2)))
+    far = point_line_distance(F, x_src, x_ref) > 5  # an outlier by chance near its line is none
+    found, inliers = find_fundamental(x_src, x_ref, method)
+    assert not inliers[far & outlier].any() and inliers[~outlier].mean() > 0.8
+    assert np.median(symmetric_epipolar_distance(found, x_src, x_ref)[~outlier]) < 0.3
+
+
+def test_the_threshold_decides_who_is_an_outlier():
+    _, x_src, x_ref = noisy_pair(3, sigma=1.0, n=80)
+    counts = [find_fundamental(x_src, x_ref, "ransac", threshold=t)[1].sum() for t in (0.3, 1.0, 6.0)]
+    assert counts[0] < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_F(method):
+    _, x_src, x_ref = noisy_pair(0, sigma=1.0)
+    before = x_src.copy(), x_ref.copy()
+    first, kept = find_fundamental(x_src, x_ref, method, seed=5)
+    find_fundamental(x_src[::-1], x_ref[::-1], method, seed=6)
+    again, kept_again = find_fundamental(x_src, x_ref, method, seed=5)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(kept, kept_again)
+    np.testing.assert_array_equal(x_src, before[0])
+    np.testing.assert_array_equal(x_ref, before[1])
+
+
+def degenerate(kind):
+    """Correspondences from which no F follows."""
+    src, ref = camera_pair(2)
+    X, rng = world_points(2, 30), np.random.default_rng(0)
+    if kind == "one plane":
+        X[:, 2] = 0.3 * X[:, 0] + 0.2 * X[:, 1] + 1
+    if kind == "a line in space":
+        X = X[:1] + rng.uniform(-1, 1, (30, 1)) * (0.3, 0.4, 0.5)
+    if kind == "pure rotation":
+        ref = look_at(src.C, (0.2, -0.3, 0.8), focal=350, size=(300, 400), roll=0.3)
+    x_src, x_ref = src.project(X), ref.project(X)
+    if kind == "collinear in src":
+        x_src[:, 1] = 0.5 * x_src[:, 0] + 20
+    if kind == "collinear in ref":
+        x_ref[:, 0] = 120
+    if kind == "one point":
+        x_src[:] = x_src[0]
+    if kind == "too few":
+        x_src, x_ref = x_src[:7], x_ref[:7]
+    if kind == "repeated":
+        x_src, x_ref = np.tile(x_src[:7], (5, 1)), np.tile(x_ref[:7], (5, 1))
+    if kind == "none":
+        x_src, x_ref = np.empty((0, 2)), np.empty((0, 2))
+    if kind == "nan":
+        x_src[4, 1] = np.nan
+    if kind == "inf":
+        x_ref[[5, 9], 0] = np.inf
+    if kind == "lengths":
+        x_ref = x_ref[:-1]
+    if kind == "homogeneous":
+        x_src = np.column_stack([x_src, np.ones(30)])
+    return x_src, x_ref
+
+
+MESSAGES = {
+    "too few": "at least 8 different correspondences, got 7",
+    "repeated": r"at least 8 different correspondences, got 7 \(35 with repetitions\)",
+    "none": "at least 8 different correspondences, got 0",
+    "collinear in src": "collinear in x_src",
+    "collinear in ref": "collinear in x_ref",
+    "one point": "collinear in x_src, or one point",
+    "a line in space": "collinear in x_src",
+    "one plane": "degenerate .*rank 6 .*one plane",
+    "pure rotation": "degenerate .*share their centre",
+    "nan": "x_src has 1 points that are nan or inf, the first at index 4",
+    "inf": "x_ref has 2 points that are nan or inf, the first at index 5",
+    "lengths": "correspond one to one, got 30 and 29",
+    "homogeneous": r"x_src must be \(N, 2\)",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_points_from_which_no_F_follows_give_a_clear_error(kind, method):
+    x_src, x_ref = degenerate(kind)
+    with pytest.raises(ValueError, match=MESSAGES[kind]):
+        find_fundamental(x_src, x_ref, method)
+
+
+def test_the_same_scene_is_not_degenerate_when_nothing_is_done_to_it():
+    find_fundamental(*degenerate("nothing"))
+
+
+def test_eight_points_are_enough():
+    F, x_src, x_ref = exact_pair(1, 8)
+    np.testing.assert_allclose(up_to_scale(find_fundamental(x_src, x_ref, "8point")[0]), up_to_scale(F), atol=1e-6)
+
+
+def test_an_unknown_method_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match="8point, lmeds, ransac, magsac, got 'usac'"):
+        find_fundamental(*degenerate("nothing"), method="usac")

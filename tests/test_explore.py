@@ -1,0 +1,109 @@
+import base64
+import io
+import json
+
+import ipywidgets as w
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from epiutils.explore import MAX_FRAMES, explore
+
+
+def draw(threshold=2, view="left", grid=False, gain=0.5):
+    if threshold == 5:
+        raise ValueError("no lines <here>")
+    figure = Figure(figsize=(3, 2))
+    figure.add_axes((0, 0, 1, 1), ylim=(0, 6)).plot([0, threshold])
+    return figure, f"threshold {threshold}, {view}, {grid}, {gain:g}"
+
+
+def test_shortcuts_make_controls_that_start_at_the_defaults_of_draw():
+    panel = explore(draw, threshold=(1, 6), view=["left", "right"], grid=True, gain=(0.0, 1.0, 0.1))
+    kinds = {name: type(control) for name, control in panel.controls.items()}
+    assert kinds == {"threshold": w.IntSlider, "view": w.Dropdown, "grid": w.Checkbox, "gain": w.FloatSlider}
+    assert panel.values == {"threshold": 2, "view": "left", "grid": True, "gain": 0.5}
+    assert panel.caption == "threshold 2, left, True, 0.5"
+    assert explore(draw, threshold=w.IntSlider(4, 1, 6)).values == {"threshold": 4}
+    assert explore(draw, view={"the left one": "left"}).caption == "threshold 2, left, False, 0.5"
+
+
+def test_moving_a_control_redraws_picture_and_caption():
+    panel = explore(draw, threshold=(1, 6), width=300)
+    before = panel.view.children[1].value
+    panel.controls["threshold"].value = 3
+    assert panel.caption == "threshold 3, left, False, 0.5"
+    assert panel.view.children[1].value != before
+    assert Image.open(io.BytesIO(panel.view.children[1].value)).width == round(300 * panel.scale)
+
+
+def test_an_exception_becomes_the_caption_and_the_explorer_lives_on():
+    panel = explore(draw, threshold=(1, 6))
+    panel.controls["threshold"].value = 5
+    assert panel.caption == "ValueError: no lines <here>" and isinstance(panel.error, ValueError)
+    assert "&lt;here&gt;" in panel.view.children[2].value
+    panel.controls["threshold"].value = 4
+    assert panel.caption.startswith("threshold 4") and panel.error is None
+
+
+def test_the_first_picture_raises_and_nonsense_is_named():
+    with pytest.raises(ValueError, match="no lines"):
+        explore(draw, threshold=w.IntSlider(5, 1, 6))
+    with pytest.raises(ValueError, match="ahead must name one of the controls"):
+        explore(draw, threshold=(1, 6), ahead="treshold")
+    with pytest.raises(TypeError, match="threshold"):
+        explore(draw, threshold=object())
+
+
+def test_slow_pictures_wait_for_the_mouse_to_stop(monkeypatch):
+    panel = explore(draw, threshold=(1, 6))
+    monkeypatch.setattr("epiutils.explore.BUDGET", 0)
+    panel.controls["threshold"].value = 3
+    assert not panel.controls["threshold"].continuous_update
+    monkeypatch.setattr("epiutils.explore.BUDGET", 60)
+    panel.controls["threshold"].value = 4
+    assert panel.controls["threshold"].continuous_update
+
+
+def test_figures_do_not_pile_up_even_from_pyplot():
+    def careless(threshold=1):
+        figure, ax = plt.subplots()
+        ax.plot([threshold])
+        return figure, f"{threshold}"
+
+    before = plt.get_fignums()
+    panel = explore(careless, threshold=(1, 6))
+    for value in range(1, 7):
+        panel.controls["threshold"].value = value
+    assert plt.get_fignums() == before
+
+
+def test_the_display_reads_without_a_kernel_and_is_the_same_in_every_run():
+    panel = explore(draw, threshold=(1, 6), grid=False)
+    data, metadata = panel._repr_mimebundle_()
+    assert data["text/plain"] == "threshold 2, grid off: threshold 2, left, False, 0.5"
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
+    assert metadata == {} and Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).format == "PNG"
+    assert panel._repr_mimebundle_()[0]["image/png"] == data["image/png"]
+
+
+def test_pictures_are_made_ahead_only_for_the_report(monkeypatch):
+    panel = explore(draw, threshold=(1, 4), view=["left", "right"], ahead="threshold", width=200)
+    assert panel._repr_mimebundle_()[1] == {}
+    monkeypatch.setenv("EPIUTILS_REPORT", "1")
+    ahead = json.loads(json.dumps(panel._repr_mimebundle_()[1]["epiutils"]["ahead"]))
+    assert [frame["text"] for frame in ahead["frames"]] == ["1", "2", "3", "4"]
+    assert ahead["frames"][3]["caption"] == "threshold 4, left, False, 0.5"
+    assert (ahead["name"], ahead["start"], ahead["settings"]) == ("threshold", 1, {"view": "left"})
+    assert Image.open(io.BytesIO(base64.b64decode(ahead["frames"][0]["webp"]))).width == 250
+
+
+def test_frames_of_a_menu_and_of_a_long_slider(monkeypatch):
+    monkeypatch.setenv("EPIUTILS_REPORT", "1")
+    menu = explore(draw, view={"left camera": "left", "right camera": "right"}, ahead="view")._repr_mimebundle_()[1]
+    assert [frame["text"] for frame in menu["epiutils"]["ahead"]["frames"]] == ["left camera", "right camera"]
+    assert menu["epiutils"]["ahead"]["frames"][1]["caption"].startswith("threshold 2, right,")
+    long = explore(draw, gain=(0.0, 1.0, 0.001), ahead="gain", width=50)._repr_mimebundle_()[1]["epiutils"]["ahead"]
+    assert len(long["frames"]) == MAX_FRAMES and long["frames"][-1]["text"] == "1"
+    assert long["frames"][long["start"]]["text"] == "0.5"

@@ -1,0 +1,317 @@
+"""Heatmaps: HRNet's accuracy and decoding against literal loops, the renderer against its formula."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rigs import random_maps
+
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, STRIDE, accuracy, decode, pck, render
+
+SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
+
+
+# ---------------------------------------------------------------- HRNet's lib/core/evaluate.py, written out as it is
+
+
+def hrnet_max_preds(batch_heatmaps):
+    batch, joints, _, width = batch_heatmaps.shape
+    preds = np.zeros((batch, joints, 2), np.float32)
+    for n in range(batch):
+        for c in range(joints):
+            flat = batch_heatmaps[n, c].reshape(-1)
+            idx = np.float32(np.argmax(flat))
+            mask = np.float32(np.greater(np.amax(flat), 0.0))
+            preds[n, c, 0] = idx % width * mask
+            preds[n, c, 1] = np.floor(idx / width) * mask
+    return preds
+
+
+def hrnet_dists(output, target):
+    pred, target = hrnet_max_preds(output), hrnet_max_preds(target)
+    h, w = output.shape[2], output.shape[3]
+    norm = np.ones((pred.shape[0], 2)) * np.array([h, w]) / 10
+    dists = np.zeros((pred.shape[1], pred.shape[0]))
+    for n in range(pred.shape[0]):
+        for c in range(pred.shape[1]):
+            if target[n, c, 0] > 1 and target[n, c, 1] > 1:
+                dists[c, n] = np.linalg.norm(pred[n, c, :] / norm[n] - target[n, c, :] / norm[n])
+            else:
+                dists[c, n] = -1
+    return dists
+
+
+def hrnet_accuracy(output, target):
+    avg_acc, cnt = 0, 0
+    for dists in hrnet_dists(output, target):
+        dist_cal = np.not_equal(dists, -1)
+        num_dist_cal = dist_cal.sum()
+        acc = np.less(dists[dist_cal], 0.5).sum() * 1.0 / num_dist_cal if num_dist_cal > 0 else -1
+        if acc >= 0:
+            avg_acc = avg_acc + acc
+            cnt += 1
+    return avg_acc / cnt if cnt != 0 else 0
+
+
+def pooled(output, target):
+    right = [d < 0.5 for d in hrnet_dists(output, target).ravel() if d != -1]
+    return sum(right) / len(right) if right else math.nan
+
+
+def one_hot(shape, points, height=1.0):
+    """Maps (1, J, H, W) that are zero but for one pixel (x, y) each."""
+    maps = np.zeros((1, len(points), *shape), np.float32)
+    for j, (x, y) in enumerate(points):
+        maps[0, j, y, x] = height
+    return maps
+
+
+def assert_hrnets(output, target):
+    expected = hrnet_accuracy(output, target)
+    assert accuracy(output, target) == expected
+    assert accuracy(torch.from_numpy(output), torch.from_numpy(target)) == expected
+    np.testing.assert_equal(pck(output, target), pooled(output, target))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300, database=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 5),
+    joints=st.integers(1, 6),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)).filter(lambda s: s[0] != s[1]),
+    dtype=st.sampled_from([np.float32, np.float64, np.float16]),
+    levels=st.sampled_from([2, 5, 1000]),  # with few levels, ties
+    near=st.booleans(),
+    odd=st.sampled_from(["", "all-negative", "all-zero target", "nan", "inf", "joint without samples"]),
+)
+def test_accuracy_is_hrnets_to_the_last_digit(seed, batch, joints, shape, dtype, levels, near, odd):
+    rng = np.random.default_rng(seed)
+    target = rng.integers(-levels, levels, (batch, joints, *shape)).astype(dtype)
+    output = rng.integers(-levels, levels, target.shape).astype(dtype)
+    if near:  # peaks near the right ones, so that about half of them count
+        shift = rng.integers(-3, 4, 2)
+        output = np.roll(target, shift, (2, 3))
+    some = rng.random((batch, joints)) < 0.5
+    if odd == "all-negative":
+        output[some] = -np.abs(output[some]) - 1
+    if odd == "all-zero target":
+        target[some] = 0
+    if odd in ("nan", "inf"):
+        output[rng.random(output.shape) < 0.01] = float(odd)
+        target[rng.random(target.shape) < 0.01] = float(odd)
+    if odd == "joint without samples":
+        target[:, 0] = 0
+    assert_hrnets(output, target)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (30, 50), (100, 60), (21, 17)])
+def test_every_displacement_counts_as_hrnets_does_at_the_edge_of_half_a_tenth(shape):
+    rng = np.random.default_rng(0)
+    centre = np.array(shape[::-1]) // 2
+    dx, dy = np.meshgrid(np.arange(-6, 7), np.arange(-6, 7))
+    points = centre + np.stack([dx, dy], -1).reshape(-1, 2)
+    keep = ((points >= 0) & (points < shape[::-1])).all(1)
+    for point in points[keep]:
+        assert_hrnets(one_hot(shape, [point]), one_hot(shape, [centre + rng.integers(0, 2, 2)]))
+
+
+def test_the_first_coordinate_is_divided_by_the_height():
+    shape = (100, 40)  # units of 10 px along x and of 4 px along y: HRNet's own order
+    target = one_hot(shape, [(20, 50)])
+    assert accuracy(one_hot(shape, [(24, 50)]), target) == 1 and accuracy(one_hot(shape, [(20, 54)]), target) == 0
+
+
+def test_a_distance_of_exactly_half_a_tenth_is_wrong():
+    target = one_hot((40, 60), [(20, 20)])
+    assert accuracy(one_hot((40, 60), [(22, 20)]), target) == 0 and accuracy(one_hot((40, 60), [(21, 20)]), target) == 1
+
+
+@pytest.mark.parametrize(("peak", "counts"), [((1, 9), False), ((9, 1), False), ((2, 2), True), ((0, 0), False)])
+def test_a_target_in_the_first_two_rows_or_columns_is_left_out(peak, counts):
+    output, target = one_hot((40, 60), [(30, 30), (20, 20)]), one_hot((40, 60), [peak, (20, 20)])
+    assert accuracy(output, target) == (0.5 if counts else 1)
+
+
+def test_a_prediction_that_is_nowhere_positive_is_scored_at_the_origin():
+    target = one_hot((80, 60), [(2, 2)])
+    assert accuracy(one_hot((80, 60), [(50, 50)], -1.0) - 1, target) == 1  # (0, 0) happens to be near
+    assert accuracy(one_hot((80, 60), [(2, 2)]) - 1, target) == 1  # a maximum of 0 is not positive
+    assert accuracy(one_hot((80, 60), [(50, 50)]) - 1, one_hot((80, 60), [(50, 50)])) == 0
+
+
+def test_the_accuracy_averages_over_joints_and_pck_over_all_that_counts():
+    target = np.concatenate([one_hot((40, 60), [(20, 20), p, (0, 0)]) for p in ((20, 20), (0, 0), (0, 0))])
+    output = np.concatenate([one_hot((40, 60), [p, (20, 20), (5, 5)]) for p in ((20, 20), (40, 20), (1, 39))])
+    assert accuracy(output, target) == (1 / 3 + 1) / 2  # joint 0: 1 of 3, joint 1: 1 of 1, joint 2: left out
+    assert pck(output, target) == 2 / 4
+
+
+def test_where_nothing_counts_the_accuracy_is_0_and_pck_nan():
+    output, target = np.ones((2, 3, 8, 6)), np.zeros((2, 3, 8, 6))
+    assert accuracy(output, target) == 0 and math.isnan(pck(output, target))
+
+
+def test_accuracy_takes_tensors_that_are_tracked_or_strided_and_changes_nothing():
+    output, target = random_maps(3, 4, 9, 12).requires_grad_(), random_maps(3, 4, 12, 9, seed=1).mT
+    before = output.detach().clone(), target.clone()
+    assert accuracy(output, target) == hrnet_accuracy(before[0].numpy(), before[1].numpy())
+    assert torch.equal(output.detach(), before[0]) and torch.equal(target, before[1])
+
+
+@pytest.mark.parametrize("score", [accuracy, pck])
+@pytest.mark.parametrize(
+    "shapes", [((1, 2, 8, 6), (1, 2, 6, 8)), ((2, 8, 6), (2, 8, 6)), ((0, 2, 8, 6), (0, 2, 8, 6))], ids=str
+)
+def test_maps_that_cannot_be_compared_are_refused(score, shapes):
+    with pytest.raises(ValueError, match=r"must both be \(B, J, H, W\)"):
+        score(np.ones(shapes[0]), np.ones(shapes[1]))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def literal_argmax(hm):
+    """(x, y) of the first highest pixel, by looking at each."""
+    best = (0, 0)
+    for y in range(hm.shape[0]):
+        for x in range(hm.shape[1]):
+            if hm[y, x] > hm[best[1], best[0]]:
+                best = (x, y)
+    return best
+
+
+def literal_quarter(hm):
+    """HRNet's get_final_preds before its inverse crop."""
+    px, py = literal_argmax(hm)
+    coords = np.array([px, py], float)
+    if 1 < px < hm.shape[1] - 1 and 1 < py < hm.shape[0] - 1:
+        diff = np.array([hm[py][px + 1] - hm[py][px - 1], hm[py + 1][px] - hm[py - 1][px]])
+        coords += np.sign(diff) * 0.25
+    return coords
+
+
+def literal_dark(hm):
+    """DARK's taylor() of the log-heatmap, where it has a maximum."""
+    px, py = literal_argmax(hm)
+    coords = np.array([px, py], float)
+    if 1 < px < hm.shape[1] - 2 and 1 < py < hm.shape[0] - 2 and hm[py][px] > 0:
+        hm = np.log(np.maximum(hm, 1e-10))
+        dx, dy = 0.5 * (hm[py][px + 1] - hm[py][px - 1]), 0.5 * (hm[py + 1][px] - hm[py - 1][px])
+        dxx = 0.25 * (hm[py][px + 2] - 2 * hm[py][px] + hm[py][px - 2])
+        dxy = 0.25 * (hm[py + 1][px + 1] - hm[py - 1][px + 1] - hm[py + 1][px - 1] + hm[py - 1][px - 1])
+        dyy = 0.25 * (hm[py + 2][px] - 2 * hm[py][px] + hm[py - 2][px])
+        hessian = np.array([[dxx, dxy], [dxy, dyy]])
+        if (np.linalg.eigvalsh(hessian) < 0).all():
+            coords -= np.linalg.inv(hessian) @ (dx, dy)
+    return coords
+
+
+LITERAL = {"argmax": literal_argmax, "quarter": literal_quarter, "dark": literal_dark}
+
+
+@pytest.mark.parametrize("method", LITERAL)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4), (2, 7), (1, 5)])
+def test_decoding_is_that_of_literal_loops(shape, method):
+    rng = np.random.default_rng(3)
+    maps = rng.normal(size=(60, *shape))
+    maps[20:40] = rng.integers(-2, 3, (20, *shape))  # ties, in the peak and beside it
+    y, x = rng.integers(shape[0], size=20), rng.integers(shape[1], size=20)
+    maps[40:] += render(torch.tensor(np.stack([x, y], -1)), shape, peak=9.0).numpy()
+    maps[50] = -np.abs(maps[50]) - 1
+    maps[51] = 0
+    points, heights = decode(torch.from_numpy(maps), method)
+    np.testing.assert_allclose(points, [LITERAL[method](m) for m in maps], rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(heights, maps.max((1, 2)))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 5)])
+@pytest.mark.parametrize("method", LITERAL)
+def test_peaks_are_refined_only_as_far_from_each_border_as_hrnet_does(shape, method):
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            hm = render(torch.tensor([x + 0.2, y - 0.3], dtype=torch.float64), shape)
+            np.testing.assert_allclose(decode(hm, method)[0], LITERAL[method](hm.numpy()), atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_dark_is_exact_for_gaussians_of_any_orientation_between_pixels(seed, sigma):
+    rng = np.random.default_rng(seed)
+    true = rng.uniform((8, 8), (24, 36), (20, 2))[:, ::-1].copy()  # (x, y) within H, W = 32, 44
+    points, _ = decode(render(torch.from_numpy(true), (32, 44), sigma, peak=0.7), "dark")
+    np.testing.assert_allclose(points, true, atol=1e-6)
+    L = np.array([[1, 0], [rng.uniform(-0.7, 0.7), rng.uniform(0.7, 1.4)]]) / sigma
+    yy, xx = np.mgrid[:32, :44]
+    for x, y in true:
+        d = np.stack([xx - x, yy - y], -1) @ L.T
+        hm = torch.from_numpy(np.exp(-(d**2).sum(-1) / 2))
+        np.testing.assert_allclose(decode(hm, "dark")[0], (x, y), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", LITERAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoding_keeps_leading_dimensions_dtype_and_input(method, dtype):
+    maps = random_maps(2, 3, 12, 9, dtype=dtype)
+    before = maps.clone()
+    points, heights = decode(maps, method)
+    assert points.shape == (2, 3, 2) and heights.shape == (2, 3) and points.dtype == heights.dtype == dtype
+    assert torch.equal(decode(maps[1, 2], method)[0], points[1, 2]) and torch.equal(maps, before)
+    assert torch.equal(decode(maps.mT.contiguous().mT, method)[0], points)
+
+
+def test_an_unknown_decoder_is_refused():
+    with pytest.raises(ValueError, match='"argmax", "quarter" or "dark", got \'soft\''):
+        decode(torch.ones(4, 5), "soft")
+
+
+# ---------------------------------------------------------------- rendering and pixels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigma", [0.7, 2.0])
+def test_rendering_is_the_gaussian_of_its_formula(shape, sigma):
+    rng = np.random.default_rng(0)
+    points, peaks = rng.uniform(-10, 50, (2, 3, 2)), rng.uniform(0.1, 2, (2, 3))
+    maps = render(torch.from_numpy(points), shape, sigma, torch.from_numpy(peaks))
+    assert maps.shape == (2, 3, *shape)
+    for b, j, y, x in zip(*(rng.integers(n, size=200) for n in maps.shape), strict=True):
+        px, py = points[b, j]
+        value = peaks[b, j] * math.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * sigma**2))
+        assert math.isclose(maps[b, j, y, x], value, rel_tol=1e-9, abs_tol=1e-300)
+
+
+@pytest.mark.parametrize("method", ["argmax", "quarter", "dark"])
+def test_decoding_finds_what_was_rendered(method):
+    rng = np.random.default_rng(1)
+    points = torch.from_numpy(rng.uniform((4, 4), (30, 50), (5, 7, 2)))
+    found, heights = decode(render(points, (56, 36), peak=0.8), method)
+    limit = {"argmax": 0.5, "quarter": 0.25, "dark": 1e-6}[method]
+    assert (found - points).abs().max() <= limit and (heights > 0.7).all() and (heights <= 0.8).all()
+
+
+def test_a_point_that_is_unknown_gives_a_map_of_zeros():
+    maps = render(torch.tensor([[math.nan, math.nan], [math.nan, 3.0], [2.0, math.nan], [2.0, 3.0]]), (6, 9))
+    assert maps.flatten(1).sum(1).gt(0).tolist() == [False, False, False, True] and maps.isfinite().all()
+
+
+def test_rendering_follows_the_dtype_of_its_points_and_changes_nothing():
+    points = torch.tensor([[2.0, 3.0]], dtype=torch.float32)
+    assert render(points, (6, 9)).dtype == torch.float32 and render(points.double(), (6, 9)).dtype == torch.float64
+    torch.testing.assert_close(render(torch.tensor([[2, 3]]), (6, 9)), render(points.double(), (6, 9)))
+    assert torch.equal(points, torch.tensor([[2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("sigma", [0, -1.0])
+def test_a_sigma_that_is_not_positive_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"sigma must be positive, got {sigma}"):
+        render(torch.zeros(1, 2), (4, 5), sigma)
+
+
+def test_heatmap_pixel_i_lies_at_input_pixel_4_i():
+    assert STRIDE == 4
+    np.testing.assert_array_equal(HEATMAP_FROM_INPUT @ (4 * 7, 4 * 11, 1), (7, 11, 1))
+    with pytest.raises(ValueError, match="read-only"):
+        HEATMAP_FROM_INPUT[0, 0] = 1

@@ -1,0 +1,128 @@
+"""JupyterLab in a real browser: every notebook opens and runs, a slider moves, the picture follows."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+    "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "defer"}',  # keeps cells off screen in the page
+}
+READY = """() => { const w = window.jupyterapp?.shell.currentWidget;
+    return w?.sessionContext?.session?.kernel?.status === 'idle' }"""
+RUN = """() => { window.ran = false;
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true }) }"""
+FAILED = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code'
+    && (cell.executionCount === null || cell.outputs.toJSON().some(output => output.output_type === 'error')))
+    .map(cell => cell.sharedModel.getSource())"""
+EXPLORER = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
+    const text = cell => cell.type === 'code' ? cell.sharedModel.getSource() : '';
+    const i = [...nb.model.cells].findIndex(cell => text(cell).includes('explore(')
+        && cell.outputs.toJSON().some(output => 'application/vnd.jupyter.widget-view+json' in (output.data ?? {})));
+    if (i >= 0) nb.activeCellIndex = i;
+    return i < 0 ? i : nb.scrollToItem(i, 'start').then(() => i) }"""
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab of its own, with its own settings, over copies of the notebooks; gives its address."""
+    home = tmp_path_factory.mktemp("lab")
+    shutil.copytree(
+        ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
+    for name in ("benchmarks", "data"):  # what notebooks look for beside their folder
+        (home / "root" / name).symlink_to(ROOT / name)
+    for name, text in SETTINGS.items():
+        path = home / "settings" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "spaces"}
+    folders |= {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime"}
+    environment = os.environ | {name: str(home / folder) for name, folder in folders.items()}
+    environment.pop("MPLBACKEND", None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'root'}", "--expose-app-in-browser"]
+    with (home / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None and time.monotonic() < end, (home / "lab.log").read_text()
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless chromium."""
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_explorer_follows_the_slider(lab, browser, notebook, capsys):
+    page = browser.new_page(viewport={"width": 1300, "height": 950})
+    page.set_default_timeout(60_000)
+    try:
+        page.goto(f"{lab}/lab/tree/notebooks/{notebook.name}?reset")
+        page.locator("#jupyterlab-splash").wait_for(state="detached")
+        page.wait_for_function(READY)
+        page.evaluate(RUN)
+        page.wait_for_function("window.ran", timeout=300_000)
+        assert page.evaluate(FAILED) == [], "cells that were not run, or failed"
+        index = page.evaluate(EXPLORER)
+        assert index >= 0, "no cell shows an explorer"
+        cell = page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{index}']")
+        slider, picture = cell.locator(".widget-slider [role=slider]").first, cell.locator("img.widget-image").first
+        picture.wait_for()
+        slider.focus()
+        keys = ["ArrowRight", "ArrowLeft"]
+        if slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax"):
+            keys.reverse()
+        waits = []
+        for key in keys + keys[:1]:
+            before, start = picture.get_attribute("src"), time.perf_counter()
+            page.keyboard.press(key)
+            page.wait_for_function(
+                "([image, old]) => image.src !== old", arg=[picture.element_handle(), before], timeout=20_000
+            )
+            waits.append(1000 * (time.perf_counter() - start))
+        with capsys.disabled():
+            print(f"\n{notebook.stem}: the picture follows the slider after {min(waits):.0f}-{max(waits):.0f} ms")
+    finally:
+        page.close()

@@ -1,0 +1,78 @@
+"""The committed notebooks keep what the tools need, and nbval notices a changed result."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
+PLACE = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/work/|[A-Z]:\\\\)\w+")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def cells(request):
+    """The code cells of a committed notebook."""
+    return [cell for cell in nbformat.read(request.param, 4).cells if cell.cell_type == "code"]
+
+
+def test_every_cell_was_run_and_none_failed(cells):
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+
+def test_the_first_cell_holds_parameters_and_nothing_but_literals(cells):
+    assert "parameters" in cells[0].metadata.get("tags", [])
+    for statement in ast.parse(cells[0].source).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign)
+        ast.literal_eval(statement.value)
+
+
+def test_cells_are_short_and_without_what_stalls_headless_runs(cells):
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 20, cell.source
+        assert not re.search(r"\binteract(ive|ive_output)?\b|\bOutput\(", cell.source), cell.source
+
+
+def test_no_cell_ends_with_a_semicolon(cells):
+    """nbval runs cells outside the history, where IPython does not see it: the output appears all the same."""
+    for cell in cells:
+        assert not cell.source.rstrip().endswith(";"), f"assign to _ instead:\n{cell.source}"
+
+
+def test_outputs_name_no_place_on_this_machine(cells):
+    for cell in cells:
+        for output in cell.outputs:
+            data = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
+            found = PLACE.search(json.dumps([data, output.get("text", "")]))
+            assert not found, f"{found[0]} in the output of\n{cell.source}"
+
+
+def test_outputs_hold_no_widget_state_and_no_timings():
+    for path in NOTEBOOKS:
+        nb = nbformat.read(path, 4)
+        assert "widgets" not in nb.metadata, path.name
+        assert not [cell for cell in nb.cells if "execution" in cell.metadata], path.name
+
+
+@pytest.mark.parametrize(("stored", "passes"), [("0.4976", True), ("0.4977", False)])
+def test_a_changed_number_fails_nbval(tmp_path, stored, passes):
+    cell = new_code_cell("spread = 0.49764\nprint(f'spread {spread:.4f} px')", execution_count=1)
+    cell.outputs = [new_output("stream", name="stdout", text=f"spread {stored} px\n")]
+    nb = new_notebook(cells=[cell])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nb, tmp_path / "01_tiny.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
+    command += ["--nbval-sanitize-with", HERE / "nbval_sanitize.cfg", "-c", os.devnull, "01_tiny.ipynb"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", ran.stdout)
+    assert ran.returncode == (0 if passes else 1), ran.stdout + ran.stderr
+    assert passes or ("01_tiny.ipynb::Cell 0" in said and "0.4977" in said), said

@@ -1,0 +1,429 @@
+"""Recordings: small ones written to tmp_path come back exactly, and each fault is told by its name."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from epiutils.cameras import Camera, write_calib
+from epiutils.heatmaps import decode
+from epiutils.recordings import BONES, JOINTS, Status, _fit, _picture, guess_model, heatmaps, read_recording
+
+REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing"
+WIDTH, HEIGHT, FRAMES = 160, 240, 24
+STANDING = {  # a person of 1.8 m facing +y, in metres: x to the person's left, z up
+    "nose": (0, 0.1, 1.62), "eye": (0.03, 0.09, 1.66), "ear": (0.07, 0, 1.64), "neck": (0, 0, 1.5),
+    "head": (0, 0, 1.8), "sho": (0.18, 0, 1.45), "elb": (0.25, 0, 1.15), "wri": (0.27, 0.1, 0.9),
+    "hip": (0.1, 0, 0.95), "midhip": (0, 0, 0.95), "kne": (0.11, 0.03, 0.5), "ank": (0.11, 0, 0.08),
+    "bigtoe": (0.12, 0.2, 0.02), "smalltoe": (0.16, 0.17, 0.02), "heel": (0.11, -0.05, 0.02),
+}  # fmt: skip
+
+
+def body(model, place=(0, 0, 0)):
+    """The standing person's joints (J, 3) in the model's order."""
+    X = []
+    for joint in JOINTS[model]:
+        side = 1 if joint in STANDING else {"l": 1, "r": -1}[joint[0]]
+        X.append(np.array(STANDING.get(joint) or STANDING[joint[1:]]) * (side, 1, 1) + place)
+    return np.array(X)
+
+
+def camera(i):
+    """Camera i of a ring, 4 m from the person, looking at its middle; H ≠ W, off-centre, distorted."""
+    angle = 0.4 + 1.9 * i
+    C = np.array([4 * np.sin(angle), 4 * np.cos(angle), 1.3])
+    z = (np.array([0, 0, 0.9]) - C) / np.linalg.norm(np.array([0, 0, 0.9]) - C)
+    x = np.cross(z, (0, 0, 1))
+    R = Rotation.from_matrix(np.array([x / np.linalg.norm(x), np.cross(z, x / np.linalg.norm(x)), z])).as_matrix()
+    K = [[300, 0, 77 + i], [0, 302, 124 - i], [0, 0, 1]]
+    return Camera(K, R, -R @ C, (-0.1, 0.05, 1e-3, -2e-3), (WIDTH, HEIGHT), f"cam{i + 1:02}")
+
+
+def keypoints(x, confidence):
+    return np.column_stack([x, confidence]).ravel().tolist()
+
+
+def write_json(file, people):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        json.dumps({"version": 1.3, "people": [{"person_id": [-1], "pose_keypoints_2d": p} for p in people]})
+    )
+
+
+def picture(t, size=(WIDTH, HEIGHT)):
+    """A picture that says which frame it is: the bits of t in five stripes."""
+    image = np.full((size[1], size[0], 3), 60, np.uint8)
+    for bit in range(5):
+        image[:, bit * size[0] // 5 : (bit + 1) * size[0] // 5] = 230 if t >> bit & 1 else 20
+    return image
+
+
+def code(image):
+    """The t that `picture` wrote."""
+    columns = image[image.shape[0] // 2, [(2 * bit + 1) * image.shape[1] // 10 for bit in range(5)]].mean(-1)
+    return int(sum((value > 125) << bit for bit, value in enumerate(columns)))
+
+
+def write_video(file, n=FRAMES, size=(WIDTH, HEIGHT), paint=picture):
+    file.parent.mkdir(exist_ok=True)
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, size)
+    assert writer.isOpened()
+    for t in range(n):
+        writer.write(paint(t, size))
+    writer.release()
+
+
+def write_recording(
+    path, model="BODY_25B", frames=range(3), n=2, folder="pose/{}_json", name="{}_{:012}_keypoints.json"
+):
+    """A recording of the standing person walking sideways.  Returns its cameras, and detections (V, T, J, 3)."""
+    cameras = [camera(i) for i in range(n)]
+    (path / "calibration").mkdir(parents=True)
+    write_calib(path / "calibration" / "Calib.toml", cameras)
+    rng = np.random.default_rng(5)
+    detections = np.empty((n, len(frames), len(JOINTS[model]), 3))
+    for v, c in enumerate(cameras):
+        for t, number in enumerate(frames):
+            detections[v, t, :, :2] = c.project(body(model, (0.02 * t, 0, 0)))
+            detections[v, t, :, 2] = rng.uniform(0.3, 1, len(JOINTS[model]))
+            file = path / folder.format(c.name) / name.format(c.name, number)
+            write_json(file, [keypoints(detections[v, t, :, :2], detections[v, t, :, 2])])
+    return cameras, detections
+
+
+@pytest.fixture
+def made(tmp_path):
+    write_recording(tmp_path)
+    return tmp_path
+
+
+def first(path, i=1):
+    return min((path / "pose" / f"cam{i:02}_json").glob("*.json"))
+
+
+@pytest.mark.parametrize("model", JOINTS)
+def test_what_was_written_comes_back_exactly(tmp_path, model):
+    cameras, written = write_recording(tmp_path, model, frames=range(4, 9), n=3)
+    recording = read_recording(tmp_path)
+    assert recording.model == model and recording.joints == JOINTS[model] and recording.bones == BONES[model]
+    assert [c.name for c in recording.cameras] == ["cam01", "cam02", "cam03"] and len(recording) == 5
+    np.testing.assert_array_equal(recording.detections, written)
+    np.testing.assert_array_equal(recording.frames, range(4, 9))
+    np.testing.assert_allclose(recording.cameras[2].P, cameras[2].P, atol=1e-9)
+    assert (recording.status == Status.OK).all() and (recording.person == 0).all()
+    assert recording.videos == (None, None, None)
+
+
+@pytest.mark.parametrize("model", JOINTS)
+def test_orders_agree_with_openpose(model):
+    joints, bones = JOINTS[model], BONES[model]
+    assert len(joints) == len(set(joints)) == {"BODY_25B": 25, "BODY_25": 25, "COCO": 18}[model]
+    known = {
+        "BODY_25B": {0: "nose", 1: "leye", 6: "rsho", 9: "lwri", 12: "rhip", 17: "neck", 18: "head", 24: "rheel"},
+        "BODY_25": {1: "neck", 4: "rwri", 8: "midhip", 11: "rank", 14: "lank", 15: "reye", 18: "lear", 19: "lbigtoe"},
+        "COCO": {1: "neck", 2: "rsho", 8: "rhip", 13: "lank", 14: "reye", 17: "lear"},
+    }
+    assert all(joints[j] == name for j, name in known[model].items())
+    assert {j for bone in bones for j in bone} == set(range(len(joints)))  # every joint is drawn, in one piece
+    reached = {0}
+    for _ in joints:
+        reached |= {j for bone in bones if reached & set(bone) for j in bone}
+    assert len(reached) == len(joints)
+
+
+def test_guess_is_right_for_turned_bodies_and_refuses_when_unsure():
+    rng = np.random.default_rng(0)
+    for model in ("BODY_25B", "BODY_25"):
+        for _ in range(50):
+            X = body(model) @ Rotation.random(random_state=int(rng.integers(1 << 30))).as_matrix().T
+            people = np.concatenate([X[None, :, :2] * 100, np.ones((1, 25, 1))], -1).repeat(2, 0)
+            assert guess_model(people) == model
+    with pytest.raises(ValueError, match="cannot tell BODY_25B from BODY_25.*model="):
+        guess_model(np.full((3, 25, 3), np.nan))
+    with pytest.raises(ValueError, match="cannot tell"):
+        guess_model(rng.normal(size=(50, 25, 3)))
+
+
+def test_undetected_keypoints_are_nan_with_confidence_zero(made):
+    data = json.loads(first(made).read_text())
+    data["people"][0]["pose_keypoints_2d"][3:6] = [0, 0, 0]
+    first(made).write_text(json.dumps(data))
+    recording = read_recording(made)
+    assert np.isnan(recording.detections[0, 0, 1, :2]).all() and recording.detections[0, 0, 1, 2] == 0
+    assert np.isfinite(recording.detections[0, 0, 2:]).all()
+    assert recording.views(0)[0].confidence[1] == 0
+    assert (heatmaps(recording.views(0)[0])[1] == 0).all()
+
+
+def test_no_file_and_no_person_are_told_apart_and_counted(made):
+    sorted((made / "pose" / "cam02_json").glob("*.json"))[1].unlink()
+    write_json(first(made), [])
+    write_json(first(made, 2), [[0] * 75])  # a person without any joint is nobody
+    recording = read_recording(made)
+    np.testing.assert_array_equal(recording.status, [[2, 0, 0], [2, 1, 0]])
+    np.testing.assert_array_equal(recording.person, [[-1, 0, 0], [-1, -1, 0]])
+    assert recording.missing(Status.NO_FILE) == {"cam01": [], "cam02": [1]}
+    assert recording.missing(Status.NO_PERSON) == {"cam01": [0], "cam02": [0]}
+    assert np.isnan(recording.detections[1, 1, :, :2]).all() and (recording.detections[1, 1, :, 2] == 0).all()
+    with pytest.raises(ValueError, match="cam01, frame 0: NO_PERSON"):
+        recording.views(0)
+    with pytest.raises(ValueError, match="cam02, frame 1: NO_FILE"):
+        recording.views(1)
+    assert [v.camera.name for v in recording.views(1, cameras=["cam01"])] == ["cam01"]
+
+
+def test_several_people_are_chosen_by_the_stated_rule_with_a_warning(made):
+    person = json.loads(first(made).read_text())["people"][0]["pose_keypoints_2d"]
+    small = np.reshape(person, (25, 3)) * (0.5, 0.5, 0) + (30, 0, 1)
+    write_json(first(made), [small.ravel().tolist(), person])
+    for rule, place in (("largest", 1), ("confident", 0), (0, 0), (1, 1)):
+        with pytest.warns(UserWarning, match=r"several people.*cam01 0$"):
+            recording = read_recording(made, person=rule)
+        assert recording.person[0, 0] == place and recording.status[0, 0] == Status.SEVERAL
+        np.testing.assert_array_equal(recording.detections[0, 0], small if place == 0 else np.reshape(person, (25, 3)))
+        if rule == 1:  # the other frames have no second person
+            assert (recording.status[:, 1:] == Status.NO_PERSON).all()
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [("pose/{}", "{1}.json"), ("pose/{}_pose", "{0}.{1:04}.json"), ("{}_json", "{0}_{1}_keypoints.json")],
+)
+def test_layouts(tmp_path, folder, name):
+    _, written = write_recording(tmp_path, folder=folder, name=name)
+    shutil.move(tmp_path / "calibration" / "Calib.toml", tmp_path / "Calib_qualisys.toml")
+    np.testing.assert_array_equal(read_recording(tmp_path).detections, written)
+
+
+def test_frame_numbers_are_those_of_the_files_and_sorted_as_numbers(tmp_path):
+    write_recording(tmp_path, frames=(2, 9, 10, 100), name="{0}_{1}.json")
+    np.testing.assert_array_equal(read_recording(tmp_path).frames, [2, 9, 10, 100])
+
+
+# Pictures
+
+
+def test_frame_k_is_picture_k_in_any_order(tmp_path):
+    write_recording(tmp_path, frames=range(FRAMES))
+    for i in (1, 2):
+        write_video(tmp_path / "videos" / f"cam{i:02}.mp4")
+    recording = read_recording(tmp_path)
+    assert [v.name for v in recording.videos] == ["cam01.mp4", "cam02.mp4"]
+    for frame in np.random.default_rng(1).permutation(FRAMES):
+        for view, whole in zip(recording.views(int(frame), size=(96, 128)), recording.cameras, strict=True):
+            A = view.camera.K @ np.linalg.inv(whole.K)
+            seen = cv2.warpAffine(cv2.undistort(picture(frame), whole.K, whole.distortion), A[:2], (96, 128))
+            assert np.abs(seen.astype(float) - view.image).mean() < 6, frame
+
+
+def test_video_start_shifts_the_numbering_and_the_end_is_named(tmp_path):
+    write_recording(tmp_path, frames=range(10, 10 + FRAMES + 1), n=1)
+    write_video(tmp_path / "cam01.mp4")
+    video = tmp_path / "cam01.mp4"
+    assert [code(_picture(video, k, 0)) for k in (7, 0, 23, 8, 22)] == [7, 0, 23, 8, 22]
+    recording = read_recording(tmp_path, video_start=10)
+    A = (view := recording.views(15)[0]).camera.K @ np.linalg.inv(recording.cameras[0].K)
+    assert np.abs(cv2.warpAffine(picture(5), A[:2], (256, 256)).astype(float) - view.image).mean() < 12
+    with pytest.raises(ValueError, match=rf"cam01.mp4: no picture {FRAMES}.*{FRAMES}"):
+        recording.views(10 + FRAMES)
+    with pytest.raises(ValueError, match="cam01.mp4: no picture -1"):
+        read_recording(tmp_path, video_start=11).views(10)
+
+
+def test_an_unreadable_video_is_named(made):
+    (made / "videos").mkdir()
+    for i in (1, 2):
+        (made / "videos" / f"cam{i:02}.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"cam01\.mp4: no picture 0"):
+        read_recording(made).views(0)
+
+
+def test_a_letterboxed_video_is_brought_back_to_the_calibrated_picture():
+    rng = np.random.default_rng(2)
+    image = cv2.GaussianBlur(rng.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8), (0, 0), 4)
+    scaled = cv2.resize(image, (120, 180), interpolation=cv2.INTER_AREA)
+    boxed = cv2.copyMakeBorder(scaled, 10, 10, 0, 0, cv2.BORDER_CONSTANT)
+    back = _fit(boxed, (WIDTH, HEIGHT))
+    assert back.shape == image.shape and _fit(image, (WIDTH, HEIGHT)) is image
+    inner = np.s_[8:-8, 8:-8]
+    assert np.abs(back[inner].astype(float) - image[inner]).max() <= 4
+    for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):  # half a pixel off would show
+        moved = np.roll(image, (dy, dx), (0, 1))[inner].astype(float)
+        assert np.abs(moved - back[inner]).mean() > 3 * np.abs(image[inner].astype(float) - back[inner]).mean()
+
+
+@pytest.mark.parametrize("undistort", [True, False])
+def test_views_keep_joints_and_camera_together(made, undistort):
+    recording = read_recording(made)
+    for t, frame in enumerate(recording.frames):
+        for view in recording.views(frame, size=(192, 256), undistort=undistort):
+            assert view.image.shape == (256, 192, 3) and (view.image[128, 96] == 128).all()  # no video: grey
+            np.testing.assert_allclose(view.joints, view.camera.project(body("BODY_25B", (0.02 * t, 0, 0))), atol=1e-6)
+            assert view.camera.distortion.any() != undistort
+    chosen = recording.views(1, cameras=["cam02", "cam01"])
+    assert [v.camera.name for v in chosen] == ["cam02", "cam01"]
+    np.testing.assert_array_equal(chosen[0].confidence, recording.detections[1, 1, :, 2])
+
+
+# Heatmaps
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(8, 55), st.integers(8, 39), st.floats(-0.49, 0.49), st.floats(-0.49, 0.49), st.floats(0.05, 1))
+def test_heatmap_peak_is_the_confidence_and_dark_finds_the_joint(x, y, dx, dy, confidence):
+    joints = np.array([[4.0 * x, 4.0 * y], [4 * (x + dx), 4 * (y + dy)], [np.nan, np.nan]])
+    maps = heatmaps((joints, np.array([confidence, confidence, 0])), (48, 64))
+    assert maps.shape == (3, 48, 64) and maps.dtype == torch.float64
+    assert maps[0, y, x] == maps[0].max() == confidence and (maps[2] == 0).all()
+    points, _ = decode(maps[:2], "dark")
+    np.testing.assert_allclose(points.numpy() * 4, joints[:2], atol=1e-6)
+
+
+# Faults, each told by its name
+
+
+def fault(path, pattern, error=ValueError, **arguments):
+    with pytest.raises(error, match=pattern):
+        read_recording(path, **arguments)
+
+
+@pytest.mark.parametrize(
+    "text, pattern",
+    [
+        ('{"people": [', r"cam01_0+_keypoints\.json.*JSONDecodeError"),
+        (b"\xff\xfe\x00\x80", r"cam01_0+_keypoints\.json.*Decode"),
+        ("[]", r"cam01_0+_keypoints\.json.*TypeError"),
+        ("{}", r"cam01_0+_keypoints\.json.*KeyError\('people'\)"),
+        ('{"people": null}', r"cam01_0+_keypoints\.json.*TypeError"),
+        ('{"people": [{"pose": []}]}', r"cam01_0+_keypoints\.json.*pose_keypoints_2d"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2]}]}', r"cam01_0+_keypoints\.json: person 0: expected 3 numbers"),
+        ('{"people": [{"pose_keypoints_2d": [1, "a", 1]}]}', r"cam01_0+_keypoints\.json.*could not convert"),
+        ('{"people": [{"pose_keypoints_2d": [1, NaN, 1]}]}', r"cam01_0+_keypoints\.json: person 0: .*not finite"),
+        ('{"people": [{"pose_keypoints_2d": [1, null, 1]}]}', r"cam01_0+_keypoints\.json: person 0: .*not finite"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2, -1]}]}', r"cam01_0+_keypoints\.json: person 0: .*negative"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2, 1]}]}', "1 keypoints a person in cam01_json, frame 0; 25 keypoints"),
+    ],
+)
+def test_broken_json_is_named(made, text, pattern):
+    first(made).write_bytes(text if isinstance(text, bytes) else text.encode())
+    fault(made, pattern)
+
+
+def test_faults_of_the_folder_are_named(made):
+    fault(made / "none", "none: no such folder", FileNotFoundError)
+    fault(made, "model must be", model="MPI")
+    fault(made, "person must be", person="tall")
+    fault(made, "person must be", person=-1)
+    fault(made, "25 keypoints a person, but COCO has 18", model="COCO")
+    shutil.copy(made / "calibration" / "Calib.toml", made / "Calib_2.toml")
+    fault(made, r"expected one Calib.*Calib_2.toml.*calibration.Calib.toml")
+    (made / "Calib_2.toml").unlink()
+    (made / "calibration" / "Calib.toml").rename(made / "calibration" / "other.txt")
+    fault(made, r"expected one Calib.*found \[\]")
+
+
+def test_cameras_and_folders_that_do_not_match_are_both_named(made):
+    (made / "pose" / "cam02_json").rename(made / "pose" / "cam07_json")
+    fault(made, r"without a folder of JSON files: \['cam02'\].*without a calibration: \['cam07_json'\]")
+    (made / "pose" / "cam07_json").rename(made / "pose" / "cam02_json")
+    shutil.copytree(made / "pose" / "cam02_json", made / "pose" / "cam_02")
+    fault(made, "cam02_json and .*cam_02 both belong to camera cam02")
+
+
+def test_videos_that_do_not_match_are_named_in_a_warning(made):
+    write_video(made / "videos" / "cam01.mp4", 3)
+    write_video(made / "videos" / "cam09.mp4", 1)
+    with pytest.warns(
+        UserWarning, match=r"no calibrated camera: \['cam09.mp4'\]; cameras without a video: \['cam02'\]"
+    ):
+        recording = read_recording(made)
+    assert recording.videos[1] is None and (recording.views(0)[1].image[128, 128] == 128).all()
+
+
+def test_faults_of_names_and_numbers_are_named(made):
+    shutil.copy(first(made), first(made).with_name("cam01_0.json"))
+    fault(made, "cam01_0.json and cam01_0+_keypoints.json are both frame 0|_keypoints.json and cam01_0.json are both")
+    first(made).unlink()
+    first(made).unlink()
+    bare = first(made).with_name("keypoints.json")
+    bare.write_text('{"people": []}')
+    fault(made, "keypoints.json: no frame number")
+    bare.unlink()
+    for file in made.glob("pose/*/*.json"):
+        write_json(file, [])
+    fault(made, "no person in any file")
+    for file in made.glob("pose/*/*.json"):
+        write_json(file, [[0.5] * 75])
+    fault(made, "pixels are needed")
+
+
+def test_views_name_what_they_do_not_have(made):
+    write_json(first(made), [[50, 60, 1] + [0] * 72])
+    recording = read_recording(made)
+    with pytest.raises(ValueError, match="no camera cam07, there are cam01, cam02"):
+        recording.views(0, cameras=["cam07"])
+    with pytest.raises(ValueError, match="no frame 3, there are 0–2"):
+        recording.views(3)
+    with pytest.raises(ValueError, match="frame 0: cam01: 1 joints known"):
+        recording.views(0)
+
+
+# The real recording, beside the project
+
+
+@pytest.fixture(scope="module")
+def real():
+    if not REAL.is_dir():
+        pytest.skip(f"the real recording is not at {REAL}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bystander stands in two of the views
+        return read_recording(REAL)
+
+
+def test_real_recording_is_read_whole(real):
+    assert real.model == "BODY_25B" and real.detections.shape == (4, 100, 25, 3)
+    assert (real.person >= 0).all() and real.missing(Status.NO_FILE)["cam03"] == []
+    assert [len(f) for f in real.missing(Status.SEVERAL).values()] == [100, 100, 0, 0]
+    x = np.nanmedian(real.detections[..., 0], 2)  # it never jumps to the bystander, at 70 px and at 805 px
+    assert x[0].min() > 300 and x[1].max() < 700
+    assert real.person[0, 37] == 1  # here the detector cut the person in two, a half with the head, one with the legs
+
+
+def test_real_models_are_told_apart_in_single_frames(real):
+    names = dict(zip(real.joints, range(25), strict=True))
+    people = real.detections[:, ::10].reshape(-1, 25, 3)
+    other = np.full_like(people, np.nan)  # the same people as BODY_25 would have them
+    for j, joint in enumerate(JOINTS["BODY_25"]):
+        ends = {"midhip": ("lhip", "rhip"), "neck": ("lsho", "rsho")}.get(joint, (joint, joint))
+        other[:, j] = (people[:, names[ends[0]]] + people[:, names[ends[1]]]) / 2
+    for one, same in zip(people, other, strict=True):
+        assert guess_model(np.stack([one, one])) == "BODY_25B"
+        assert guess_model(np.stack([same, same])) == "BODY_25"
+
+
+def test_real_random_frames_are_those_of_sequential_decoding(real):
+    for video, last in zip(real.videos, (40, 40, 15, 15), strict=True):  # two codecs: H.264 and VP9
+        capture, frames = cv2.VideoCapture(str(video)), []
+        for _ in range(last):
+            frames.append(cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB))
+        for k in (last - 1, 3, 11):
+            np.testing.assert_array_equal(_picture(video, k, -1), frames[k])
+
+
+def test_real_views_show_the_person(real):
+    views = real.views(50)
+    assert [v.camera.name for v in views] == ["cam01", "cam02", "cam03", "cam04"]
+    for view in views:
+        assert view.image.shape == (256, 256, 3) and view.image.std() > 30 and not view.camera.distortion.any()
+        known = view.joints[view.confidence > 0]
+        assert (known > 0).all() and (known < 256).all()
+        peaks = heatmaps(view).flatten(1).amax(1).numpy()
+        assert (peaks <= view.confidence + 1e-12).all() and (peaks >= 0.93 * view.confidence).all()

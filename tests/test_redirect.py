@@ -1,0 +1,634 @@
+"""The redirection operator: three methods against each other and against brute force in long double."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rigs import camera_pair, look_at, random_maps, world_points
+
+from epiutils.epipolar import find_fundamental, fundamental_from_cameras, transfer
+from epiutils.redirect import Pencil, redirect
+
+METHODS = ("loop", "dense", "pencil")
+RECTIFIED = np.array([[0, 0, 0], [0, 0, -1.0], [0, 1, 0]])  # same rows: the line of (x, y) is y_ref = y
+BITS = 50  # so many source pixels fit into one map of powers of two, whose sums float64 holds exactly
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def brute_distances(F, shape, out_shape):
+    """Distance of each reference pixel to each source pixel's line, (N', N) long double; inf where there is no line.
+
+    A source pixel within 1e-9 px of the epipole, the cross product of two rows of F, has no line.
+    """
+    F = np.asarray(F, dtype=np.longdouble)
+    y, x = np.divmod(np.arange(math.prod(shape)), shape[1])
+    y_ref, x_ref = np.divmod(np.arange(math.prod(out_shape)), out_shape[1])
+    a, b, c = F @ np.stack([x, y, np.ones_like(x)]).astype(np.longdouble)
+    e = max((np.cross(F[i], F[j]) for i, j in ((0, 1), (0, 2), (1, 2))), key=lambda v: (v * v).sum())
+    at_epipole = np.hypot(e[0] - x * e[2], e[1] - y * e[2]) <= 1e-9 * abs(e[2])
+    normal = np.where(at_epipole, 1, np.hypot(a, b))
+    distance = np.abs(a * x_ref[:, None] + b * y_ref[:, None] + c) / normal
+    return np.where(at_epipole, np.inf, distance)
+
+
+def brute_members(F, shape, threshold, out_shape=None):
+    """(N', N) bool, after checking that no distance is so near the threshold that rounding decides."""
+    distance = brute_distances(F, shape, out_shape or shape)
+    assert (np.abs(distance - threshold) > 1e-9 * threshold).all(), "choose another seed"
+    return distance <= threshold
+
+
+def members(method, F, shape, threshold, out_shape):
+    """Who is in whose band, (N', N) bool: each source pixel is sent as a power of two, and read back as a bit."""
+    pixel = np.arange(math.prod(shape))
+    values = np.zeros((-(-len(pixel) // BITS), len(pixel)))
+    values[pixel // BITS, pixel] = 2.0 ** (pixel % BITS)
+    out = redirect(torch.from_numpy(values).unflatten(-1, shape), torch.as_tensor(F), threshold, method, out_shape)
+    sums = out.flatten(-2).numpy()
+    assert (sums == sums.round()).all() and (sums >= 0).all()
+    return (sums.astype(np.int64)[pixel // BITS] >> (pixel % BITS)[:, None] & 1).T.astype(bool)
+
+
+# ---------------------------------------------------------------- fundamental matrices, from each of which H ≠ W
+
+
+def skew(e):
+    """[e]ₓ of a homogeneous point: the F of forward motion towards e."""
+    return np.array([[0, -e[2], e[1]], [e[2], 0, -e[0]], [-e[1], e[0], 0]])
+
+
+def from_epipoles(rng, e_src, e_ref, shape, out_shape):
+    """A random F with these epipoles (homogeneous px): well-conditioned in coordinates of the pictures' size."""
+
+    def centred(e, shape):
+        unit = max(shape) / 2
+        e = np.array([(e[0] - e[2] * (shape[1] - 1) / 2) / unit, (e[1] - e[2] * (shape[0] - 1) / 2) / unit, e[2]])
+        T = np.array([[1, 0, -(shape[1] - 1) / 2], [0, 1, -(shape[0] - 1) / 2], [0, 0, unit]]) / unit
+        return e / np.linalg.norm(e), T
+
+    (e_src, T_src), (e_ref, T_ref) = centred(e_src, shape), centred(e_ref, out_shape)
+    while True:
+        F = skew(e_ref) @ rng.normal(size=(3, 3)) @ skew(e_src)
+        singular = np.linalg.svd(F, compute_uv=False)
+        if singular[1] > 0.1 * singular[0]:
+            return T_ref.T @ F @ T_src
+
+
+def inside(rng, shape):
+    return np.array([*(rng.uniform(-0.5, n - 0.5) for n in shape[::-1]), 1])
+
+
+def a_pixel(rng, shape):
+    return np.array([*(rng.integers(n) for n in shape[::-1]), 1.0])
+
+
+def on_the_border(rng, shape):
+    x, y, _ = inside(rng, shape)
+    H, W = shape
+    edges = [(0, y), (-0.5, y), (W - 1, y), (W - 0.5, y), (x, 0), (x, -0.5), (x, H - 1), (0, 0), (W - 0.5, H - 0.5)]
+    return np.array([*edges[rng.integers(len(edges))], 1])
+
+
+def far(rng, shape):
+    angle = rng.choice([rng.uniform(0, 2 * np.pi), 0, np.pi / 2, np.pi, -np.pi / 2, np.pi / 4])
+    D = 10 ** rng.uniform(3, 14)
+    return np.array([D * np.cos(angle), D * np.sin(angle), 1])
+
+
+def at_infinity(rng, shape):
+    angle = rng.choice([rng.uniform(0, 2 * np.pi), 0, np.pi / 2])
+    return np.array([np.cos(angle), np.sin(angle), 0])
+
+
+def calibrated(pair, shape, out_shape):
+    """F of two cameras in the pixels of their heatmaps."""
+    affines = []
+    for camera, (height, width) in zip(pair, (shape, out_shape), strict=True):
+        affines.append(np.diag([width / camera.size[0], height / camera.size[1], 1]))
+    return transfer(fundamental_from_cameras(*pair), *affines)
+
+
+def generic(rng, shape, out_shape):
+    return calibrated(camera_pair(int(rng.integers(1000))), shape, out_shape)
+
+
+def mirror_symmetric(rng, shape, out_shape):
+    """Cameras that are each other's mirror image in the plane x = 0: many angles tie, also at the wrap."""
+    b, y, height = rng.uniform(0.5, 3), rng.uniform(2, 5), rng.choice([1.0, 1.6])
+    pair = [look_at((side * b, y, height), (0, rng.choice([0, 0.0]), 1.0), 60, (60, 44)) for side in (-1, 1)]
+    affines = []
+    for H, W in (shape, out_shape):
+        affines.append(np.array([[W / 60, 0, (W / 60 - 1) / 2], [0, H / 44, (H / 44 - 1) / 2], [0, 0, 1]]))
+    return transfer(fundamental_from_cameras(*pair), *affines)
+
+
+def forward_motion(rng, shape, out_shape):
+    """Straight ahead, the same lens: F = [e]ₓ, one epipole in both views."""
+    return skew(rng.choice([inside(rng, shape), a_pixel(rng, shape), on_the_border(rng, shape)]))
+
+
+def rectified(rng, shape, out_shape):
+    """Epipoles at infinity; shifted by whole or half pixels, so that distances tie with thresholds exactly."""
+    shift = np.array([[1, 0, 0], [0, 1, rng.integers(-4, 5) / 2], [0, 0, 1]])
+    F = RECTIFIED @ shift
+    swap = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
+    return [F, swap @ F @ swap, swap @ F][rng.integers(3)]
+
+
+def epipoles_drawn_by(src, ref):
+    return lambda rng, shape, out_shape: from_epipoles(rng, src(rng, shape), ref(rng, out_shape), shape, out_shape)
+
+
+def integer_epipoles(rng, shape, out_shape):
+    """F e = 0 and e'ᵀ F = 0 without any rounding, both epipoles pixels."""
+    e_src, e_ref = a_pixel(rng, shape), a_pixel(rng, out_shape)
+    while True:
+        F = skew(e_ref) @ rng.integers(-3, 4, (3, 3)) @ skew(e_src)
+        singular = np.linalg.svd(F, compute_uv=False)
+        if singular[1] > 1e-2 * singular[0]:
+            return F
+
+
+KINDS = {
+    "generic": generic,
+    "mirror-symmetric": mirror_symmetric,
+    "forward motion": forward_motion,
+    "rectified": rectified,
+    "reference epipole in the picture": epipoles_drawn_by(inside, inside),
+    "reference epipole on the border": epipoles_drawn_by(on_the_border, on_the_border),
+    "epipoles at pixels, exactly": integer_epipoles,
+    "epipoles at pixels, but for rounding": epipoles_drawn_by(a_pixel, a_pixel),
+    "epipoles at infinity": epipoles_drawn_by(at_infinity, at_infinity),
+    "source epipole at infinity": epipoles_drawn_by(at_infinity, inside),
+    "reference epipole at infinity": epipoles_drawn_by(a_pixel, at_infinity),
+    "epipoles nearly at infinity": epipoles_drawn_by(far, far),
+    "reference epipole nearly at infinity": epipoles_drawn_by(inside, far),
+}
+
+sizes = st.tuples(st.integers(1, 10), st.integers(1, 10)).filter(lambda s: s[0] != s[1])
+
+
+# ---------------------------------------------------------------- who is in whose band
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=sizes,
+    out_shape=st.one_of(st.none(), sizes),
+    threshold=st.one_of(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, math.sqrt(2), math.sqrt(0.5)]), st.floats(0.5, 30.0)),
+    scale=st.sampled_from([1.0, -1.0, 3e-9, -7e8]),
+)
+def test_every_method_finds_the_bands_of_brute_force(kind, seed, shape, out_shape, threshold, scale):
+    F = scale * KINDS[kind](np.random.default_rng(seed), shape, out_shape or shape)
+    distance = brute_distances(F, shape, out_shape or shape)
+    tied = np.abs(distance - threshold) < 1e-9 * threshold
+    for method in METHODS:
+        wrong = (members(method, F, shape, threshold, out_shape) != (distance <= threshold)) & ~tied
+        assert not wrong.any(), f"{method}: {wrong.sum()} memberships differ from brute force"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_methods_find_the_bands_of_brute_force_on_larger_maps_too(kind):
+    shape, out_shape = (24, 32), (36, 27)
+    F = KINDS[kind](np.random.default_rng(8), shape, out_shape)
+    distance = brute_distances(F, shape, out_shape)
+    for threshold in (1.0, 3.0):
+        clear = np.abs(distance - threshold) >= 1e-9 * threshold
+        for method in ("dense", "pencil"):
+            found = members(method, F, shape, threshold, out_shape)
+            assert ((found == (distance <= threshold)) | ~clear).all(), (method, threshold)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("threshold", "reach"), [(0.5, 0), (1 - 2e-9, 0), (1, 1), (2 - 4e-9, 1), (2.0, 2), (30, 9)])
+def test_a_rectified_pairs_band_is_closed_at_the_threshold(method, threshold, reach):
+    values = random_maps(5, 9)
+    rows = values.sum(-1)
+    expected = torch.stack([rows[max(0, y - reach) : y + reach + 1].sum() for y in range(5)])
+    out = redirect(values, torch.from_numpy(RECTIFIED), threshold, method)
+    torch.testing.assert_close(out, expected[:, None].expand(5, 9))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_diagonal_at_distance_exactly_the_threshold_belongs_to_the_band(method):
+    diagonal = np.array([[0, 0, 1.0], [0, 0, -1], [-1, 1, 0]])  # lines x_ref − y_ref = x − y, √2 / 2 apart
+    found = members(method, diagonal, (4, 6), math.sqrt(0.5), (6, 5))
+    y, x = np.divmod(np.arange(24), 6)
+    y_ref, x_ref = np.divmod(np.arange(30), 5)
+    np.testing.assert_array_equal(found, np.abs((x_ref - y_ref)[:, None] - (x - y)) <= 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("e_src", [(3, 2), (0, 0), (6, 4), (0, 3), (5, 0)])
+def test_a_source_pixel_at_the_epipole_gives_nothing_and_where_the_lines_meet_all_others_arrive(e_src, method):
+    shape, out_shape, e_ref = (5, 7), (8, 6), (4, 1)
+    F = skew((*e_ref, 1)) @ np.array([[1, 1, 0], [-1, 2, 1], [0, 1, -3]]) @ skew((*e_src, 1.0))
+    values = random_maps(*shape)
+    out = redirect(values, F, 0.5, method, out_shape)
+    lone = torch.zeros(shape, dtype=torch.float64)
+    lone[e_src[1], e_src[0]] = 1
+    torch.testing.assert_close(out[e_ref[1], e_ref[0]], (values * (1 - lone)).sum())
+    assert not redirect(lone, F, 100.0, method, out_shape).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_threshold_beyond_the_diagonal_sums_everything_where_lines_cross_the_picture(method):
+    values = random_maps(6, 8)
+    F = skew((4.1, 2.3, 1))
+    torch.testing.assert_close(redirect(values, F, 11.0, method), values.sum().expand(6, 8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_values_are_summed_and_the_result_has_the_shape_asked_for(method):
+    F = generic(np.random.default_rng(4), (5, 8), (9, 6))
+    band = torch.from_numpy(brute_members(F, (5, 8), 1.2, (9, 6))).double()
+    for lead in ((), (3,), (2, 3)):
+        values = random_maps(*lead, 5, 8)
+        out = redirect(values, torch.from_numpy(F), 1.2, method, (9, 6))
+        torch.testing.assert_close(out, (values.flatten(-2) @ band.T).unflatten(-1, (9, 6)))
+
+
+# ---------------------------------------------------------------- batches, dtypes, inputs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_with_an_F_each_equals_a_loop_over_it(method):
+    rng = np.random.default_rng(1)
+    kinds = ["generic", "rectified", "epipoles at pixels, exactly", "reference epipole at infinity", "forward motion"]
+    F = torch.from_numpy(np.stack([KINDS[k](rng, (5, 7), (5, 7)) for k in kinds]))
+    values = random_maps(5, 3, 5, 7)
+    looped = torch.stack([redirect(v, f, 1.1, method) for v, f in zip(values, F, strict=True)])
+    torch.testing.assert_close(redirect(values, F, 1.1, method), looped, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        redirect(values, F[:1].expand(5, 3, 3), 1.1, method), redirect(values, F[0], 1.1, method)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["generic", "mirror-symmetric", "reference epipole in the picture"])
+def test_float32_values_give_the_sums_of_float64_to_their_precision(kind, method):
+    shape = (7, 10) if method == "loop" else (30, 40)
+    F = torch.from_numpy(KINDS[kind](np.random.default_rng(3), shape, shape))
+    values = random_maps(2, *shape, dtype=torch.float32)
+    out, exact = redirect(values, F, 1.0, method), redirect(values.double(), F, 1.0, method)
+    assert out.dtype == torch.float32 and exact.dtype == torch.float64
+    assert (out - exact).abs().max() <= 2e-7 * values.abs().sum(dim=(-2, -1)).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_float32_F_is_used_at_its_own_precision(seed, method):
+    shape, out_shape = (6, 9), (8, 7)
+    F = generic(np.random.default_rng(seed), shape, out_shape).astype(np.float32)
+    distance = brute_distances(F, shape, out_shape)
+    clear = np.abs(distance - 1) > 1e-4
+    found = members(method, F, shape, 1.0, out_shape)
+    assert ((found == (distance <= 1)) | ~clear).all() and clear.mean() > 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_F_may_be_a_numpy_array_of_either_precision(method):
+    F = generic(np.random.default_rng(4), (5, 8), (5, 8))
+    values = random_maps(2, 5, 8)
+    expected = redirect(values, torch.from_numpy(F), 1.0, method)
+    torch.testing.assert_close(redirect(values, F, 1.0, method), expected)
+    torch.testing.assert_close(redirect(values, F.astype(np.float32), 1.0, method), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_F_may_be_a_read_only_array(method):
+    F = generic(np.random.default_rng(4), (5, 8), (5, 8))
+    F.flags.writeable = False
+    torch.set_warn_always(True)  # else torch warns once a process, and the test depends on the order of tests
+    try:
+        redirect(random_maps(5, 8), F, 1.0, method)
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("estimator", ["8point", "lmeds", "ransac", "magsac"])
+def test_the_F_of_an_estimator_is_accepted_with_its_rounding(estimator):
+    src, ref = camera_pair(2)
+    X, rng = world_points(2), np.random.default_rng(0)
+    x_src, x_ref = (c.project(X) + rng.normal(0, 0.3, (40, 2)) for c in (src, ref))
+    raw, _ = cv2.findFundamentalMat(x_src, x_ref, cv2.FM_8POINT)
+    for F in (find_fundamental(x_src, x_ref, estimator)[0], raw):
+        F = transfer(F, np.diag([0.05, 0.05, 1]), np.diag([0.04, 0.04, 1]))
+        values = random_maps(12, 16)
+        dense, pencil = (redirect(values, F, 1.0, m, (16, 12)) for m in ("dense", "pencil"))
+        torch.testing.assert_close(pencil, dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_need_not_be_contiguous(method):
+    F = torch.from_numpy(generic(np.random.default_rng(4), (5, 8), (5, 8)))
+    strided = random_maps(2, 10, 3, 16)[:, ::2, :, ::2].transpose(1, 2)  # (2, 3, 5, 8)
+    assert not strided.is_contiguous()
+    expanded = random_maps(1, 1, 5, 8).expand(2, 3, 5, 8)
+    for values in (strided, expanded, random_maps(2, 3, 8, 5).mT):
+        torch.testing.assert_close(redirect(values, F, 1.0, method), redirect(values.contiguous(), F, 1.0, method))
+
+
+@pytest.mark.parametrize("kind", ["generic", "epipoles at pixels, exactly"])
+def test_no_input_is_changed(kind):
+    F = torch.from_numpy(KINDS[kind](np.random.default_rng(4), (5, 8), (5, 8))).expand(2, 3, 3).contiguous()
+    values = random_maps(2, 3, 5, 8)
+    F_before, before = F.clone(), values.clone()
+    for method in METHODS:
+        redirect(values, F, 1.0, method)
+    pencil = Pencil.from_fundamental(F, (5, 8), 1.0)
+    pencil.sum(values), pencil.max(values), pencil.max(values, 3.0)
+    tracked = values.requires_grad_()
+    (pencil.sum(tracked) + pencil.max(tracked) * 1.0).nan_to_num(0, 0, 0).sum().backward()
+    assert torch.equal(F, F_before) and torch.equal(values.detach(), before)
+
+
+# ---------------------------------------------------------------- linearity and gradients
+
+PIXELS, ROUNDED = "epipoles at pixels, exactly", "epipoles at pixels, but for rounding"
+
+
+def small_pencil(kind, seed, shape=(3, 4), out_shape=(4, 3), threshold=0.8):
+    F = KINDS[kind](np.random.default_rng(seed), shape, out_shape)
+    return F, Pencil.from_fundamental(torch.from_numpy(F), shape, threshold, out_shape)
+
+
+GRADIENT_CASES = [
+    (kind, seed) for kind in ("generic", "rectified", "mirror-symmetric", PIXELS, ROUNDED) for seed in (1, 2)
+]
+
+
+def test_the_cases_of_the_gradient_tests_hold_wraps_and_epipole_pixels():
+    pencils = [small_pencil(*case)[1] for case in GRADIENT_CASES]
+    assert sum(p.wraps is not None for p in pencils) >= 6
+    assert [p.valid is not None for p in pencils] == [kind in (PIXELS, ROUNDED) for kind, _ in GRADIENT_CASES]
+
+
+@pytest.mark.parametrize(("kind", "seed"), GRADIENT_CASES)
+def test_gradients_of_first_and_second_order_are_those_of_finite_differences(kind, seed):
+    F = torch.from_numpy(small_pencil(kind, seed)[0])
+    values = random_maps(2, 3, 4).requires_grad_()
+
+    def out(v):
+        return redirect(v, F, 0.8, out_shape=(4, 3))
+
+    assert torch.autograd.gradcheck(out, values)
+    assert torch.autograd.gradgradcheck(out, values)
+    assert torch.autograd.gradgradcheck(lambda v: out(v) ** 3, values)
+
+
+def test_gradients_of_a_batch_with_an_F_each_are_those_of_finite_differences():
+    F = torch.from_numpy(np.stack([small_pencil(kind, 1)[0] for kind in ("generic", "rectified", PIXELS)]))
+    values = random_maps(3, 2, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: redirect(v, F, 0.8, out_shape=(4, 3)), values)
+
+
+@pytest.mark.parametrize("method", ["dense", "pencil"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_adjoint(kind, method):
+    shape, out_shape = (6, 9), (8, 7)
+    for seed in range(4):
+        F = KINDS[kind](np.random.default_rng(seed), shape, out_shape)
+        x, y = random_maps(2, *shape, seed=seed).requires_grad_(), random_maps(2, *out_shape, seed=seed + 9)
+        Ax = redirect(x, F, 1.3, method, out_shape)
+        (Aty,) = torch.autograd.grad(Ax, x, y)
+        torch.testing.assert_close((Ax * y).sum(), (x * Aty).sum())
+        bands = torch.from_numpy(members("pencil", F, shape, 1.3, out_shape)).double()
+        torch.testing.assert_close(Aty, (y.flatten(-2) @ bands).unflatten(-1, shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operator_is_linear(kind):
+    F = KINDS[kind](np.random.default_rng(5), (6, 9), (6, 9))
+    x, y = random_maps(6, 9), random_maps(6, 9, seed=1)
+    combined = redirect(2.5 * x - 3 * y, F, 1.0)
+    torch.testing.assert_close(combined, 2.5 * redirect(x, F, 1.0) - 3 * redirect(y, F, 1.0))
+
+
+# ---------------------------------------------------------------- a kept set-up
+
+
+def test_one_pencil_serves_many_heatmaps_in_any_order():
+    F, pencil = small_pencil(PIXELS, 2, (5, 8), (7, 6), 1.1)
+    for lead in ((), (3,), (2, 3), (2, 3, 4)):
+        values = random_maps(*lead, 5, 8).requires_grad_()
+        out = pencil.sum(values)
+        expected = redirect(values.flatten(0, -3) if len(lead) > 1 else values, F, 1.1, "dense", (7, 6))
+        torch.testing.assert_close(out, expected.reshape(*lead, 7, 6))
+        gradients = [torch.autograd.grad(o.square().sum(), values)[0] for o in (out, expected)]
+        torch.testing.assert_close(*gradients)
+        pencil.max(values), pencil.count
+    assert torch.equal(pencil.sum(random_maps(5, 8)), pencil.sum(random_maps(5, 8)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_count_is_the_number_of_source_pixels_in_each_band(kind):
+    shape, out_shape = (6, 9), (8, 7)
+    F = np.stack([KINDS[kind](np.random.default_rng(seed), shape, out_shape) for seed in range(3)])
+    count = Pencil.from_fundamental(torch.from_numpy(F), shape, 1.234, out_shape).count
+    assert count.dtype == torch.int64 and count.shape == (3, 8, 7)
+    expected = [brute_members(f, shape, 1.234, out_shape).sum(1).reshape(out_shape) for f in F]
+    np.testing.assert_array_equal(count.numpy(), np.stack(expected))
+    single = Pencil.from_fundamental(torch.from_numpy(F[1]), shape, 1.234, out_shape).count
+    np.testing.assert_array_equal(single.numpy(), expected[1][None])
+
+
+# ---------------------------------------------------------------- the maximum along the line
+
+
+def brute_max(values, bands):
+    """Maximum of values (M, N) over each band (N', N): (M, N'), −inf for an empty one."""
+    return np.where(bands, values[:, None], -np.inf).max(-1)
+
+
+def brute_soft(values, bands, sharpness):
+    """log Σ exp(β v) / β in long double."""
+    values = values.astype(np.longdouble)
+    highest = brute_max(values, bands)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        below = np.where(bands, values[:, None] - highest[..., None], -np.inf)
+        return np.where(bands.any(-1), highest + np.log(np.exp(sharpness * below).sum(-1)) / sharpness, -np.inf)
+
+
+def sample_values(name, shape, seed=0):
+    values = random_maps(3, *shape, seed=seed)
+    return {"normal": values, "ties": (2 * values).round(), "negative": -values.abs() - 5, "huge": 1e4 * values}[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["normal", "ties", "negative", "huge"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_maximum_is_that_of_brute_force_exactly(kind, name, dtype):
+    for seed, (shape, out_shape) in enumerate([((6, 9), (8, 7)), ((7, 4), (3, 12)), ((2, 5), (9, 14))]):
+        F = KINDS[kind](np.random.default_rng(seed), shape, out_shape)
+        values = sample_values(name, shape, seed).to(dtype)
+        bands = brute_members(F, shape, 0.61, out_shape)
+        out = Pencil.from_fundamental(torch.from_numpy(F), shape, 0.61, out_shape).max(values)
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out.flatten(-2).numpy(), brute_max(values.flatten(-2).numpy(), bands))
+
+
+def test_empty_bands_are_minus_infinity_and_such_bands_are_tested():
+    values = random_maps(3, 6)
+    for sharpness in (math.inf, 5.0):
+        out = Pencil.from_fundamental(torch.from_numpy(RECTIFIED), (3, 6), 1.0, (7, 5)).max(values, sharpness)
+        assert (out[4:] == -math.inf).all() and out[:4].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("sharpness", [1e-3, 0.3, 1.0, 40.0, 1e6])
+@pytest.mark.parametrize("name", ["normal", "ties", "negative", "huge"])
+@pytest.mark.parametrize("kind", ["generic", "rectified", PIXELS, ROUNDED])
+def test_the_soft_maximum_is_the_log_sum_exp_of_brute_force(kind, name, sharpness, dtype):
+    shape, out_shape = (6, 9), (8, 7)
+    F = KINDS[kind](np.random.default_rng(1), shape, out_shape)
+    values = sample_values(name, shape).to(dtype)
+    bands = brute_members(F, shape, 0.83, out_shape)
+    v = values.flatten(-2).numpy()
+    pencil = Pencil.from_fundamental(torch.from_numpy(F), shape, 0.83, out_shape)
+    soft = pencil.max(values, sharpness).flatten(-2).numpy()
+    precision = 20 * torch.finfo(dtype).eps * (np.abs(v).max() + np.log(54) / sharpness)
+    np.testing.assert_allclose(soft, brute_soft(v, bands, sharpness).astype(float), rtol=0, atol=precision)
+    hard, count = brute_max(v, bands), bands.sum(-1)
+    filled = count > 0
+    assert (soft >= hard - precision)[:, filled].all()
+    assert (soft <= hard + np.log(np.maximum(count, 1)) / sharpness + precision)[:, filled].all()
+
+
+def test_the_maxima_of_a_batch_with_an_F_each_are_those_of_a_loop():
+    pencils = [small_pencil(kind, 1, (5, 7), (6, 4)) for kind in ("generic", "rectified", PIXELS, "forward motion")]
+    together = Pencil.from_fundamental(torch.from_numpy(np.stack([F for F, _ in pencils])), (5, 7), 0.8, (6, 4))
+    values = random_maps(4, 3, 5, 7)
+    for sharpness in (math.inf, 2.0):
+        looped = torch.stack([p.max(v, sharpness) for (_, p), v in zip(pencils, values, strict=True)])
+        torch.testing.assert_close(together.max(values, sharpness), looped)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 5.0, math.inf])
+@pytest.mark.parametrize(("kind", "seed"), GRADIENT_CASES)
+def test_gradients_of_the_maximum_are_those_of_finite_differences(kind, seed, sharpness):
+    _, pencil = small_pencil(kind, seed)
+    values = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).double().reshape(2, 3, 4) / 8
+    filled = pencil.count[0] > 0
+    assert filled.any()
+    assert torch.autograd.gradcheck(lambda v: pencil.max(v, sharpness)[:, filled], values.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("sharpness", [1e-3, 1.0, 50.0, 1e6, math.inf])
+@pytest.mark.parametrize("kind", ["generic", "rectified", PIXELS, ROUNDED])
+def test_gradients_of_the_maximum_stay_finite_and_spread_one_over_each_band(kind, sharpness, dtype):
+    shape, out_shape = (6, 9), (12, 7)
+    F = KINDS[kind](np.random.default_rng(2), shape, out_shape)
+    bands = brute_members(F, shape, 0.61, out_shape)
+    pencil = Pencil.from_fundamental(torch.from_numpy(F), shape, 0.61, out_shape)
+    values = (1e4 * random_maps(2, *shape)).to(dtype).requires_grad_()
+    out = pencil.max(values, sharpness)
+    (gradient,) = torch.autograd.grad(out.masked_fill(out.isinf(), 0).sum(), values)
+    assert gradient.isfinite().all() and (gradient >= 0).all()
+    torch.testing.assert_close(gradient.sum().double(), torch.tensor(2.0 * bands.any(-1).sum()), rtol=1e-3, atol=0)
+    assert not gradient.flatten(-2)[:, ~bands.any(0)].any(), "pixels in no band, the epipole's among them, get nothing"
+
+
+def test_the_gradient_of_the_maximum_goes_to_one_of_equal_values():
+    pencil = Pencil.from_fundamental(torch.from_numpy(RECTIFIED), (4, 6), 0.5)
+    values = torch.zeros(4, 6, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(pencil.max(values).sum(), values)
+    assert gradient.sum(-1).tolist() == [6.0] * 4 and (gradient > 0).sum() <= 24
+
+
+def test_less_log_count_a_dull_maximum_is_the_mean_and_a_sharp_one_the_maximum():
+    F, pencil = small_pencil("generic", 1, (6, 9), (8, 7), 1.5)
+    values, bands = random_maps(6, 9), brute_members(F, (6, 9), 1.5, (8, 7))
+    filled = bands.any(-1).reshape(8, 7)
+    mean = (redirect(values, F, 1.5, out_shape=(8, 7)) / pencil.count[0])[filled]
+    dull = (pencil.max(values, 1e-5) - pencil.count[0].double().log() / 1e-5)[filled]
+    torch.testing.assert_close(dull, mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pencil.max(values, 1e7)[filled], pencil.max(values)[filled], rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- errors, each of which says which
+
+GOOD = torch.from_numpy(generic(np.random.default_rng(0), (5, 7), (5, 7)))
+BAD_F = {
+    "F is all zeros": torch.zeros(3, 3),
+    "rank 1": torch.outer(torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 1, 2])),
+    "rank 3": torch.eye(3),
+    "rank 3, a fundamental": GOOD / GOOD.abs().max() + 1e-4 * torch.eye(3),
+    "nan or inf": GOOD * torch.tensor([1, 1, math.nan]),
+    "holds nan or inf": GOOD * torch.tensor([1, 1, math.inf]),
+    r"F must be \(3, 3\) or \(B, 3, 3\), got \(2, 3\)": torch.ones(2, 3),
+    r"F must be .*got \(3,\)": torch.ones(3),
+    r"F must be .*got \(1, 1, 3, 3\)": GOOD[None, None],
+    "F is all": torch.stack([GOOD, torch.zeros(3, 3)]),
+    "has rank 1": torch.stack([GOOD, torch.ones(3, 3)]),
+    "has rank 3": torch.stack([torch.eye(3), GOOD.float()]),
+    r"F of shape \(3, 3, 3\) needs values \(3, J, H, W\), got \(2, 4, 5, 7\)": GOOD.expand(3, 3, 3),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("message", BAD_F)
+def test_an_F_that_is_no_fundamental_matrix_is_refused_by_what_it_is(message, method):
+    with pytest.raises(ValueError, match=message):
+        redirect(random_maps(2, 4, 5, 7), BAD_F[message], 1.0, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("threshold", [0, -1.0, math.inf, math.nan, -math.inf])
+def test_a_threshold_that_is_not_positive_and_finite_is_refused(threshold, method):
+    with pytest.raises(ValueError, match=f"threshold must be a positive number of pixels, got {float(threshold)}"):
+        redirect(random_maps(5, 7), GOOD, threshold, method)
+
+
+BAD_VALUES = {
+    r"values must be a floating tensor .*got \(5, 7\) of torch.int64": torch.ones(5, 7).long(),
+    r"values must be a floating tensor .*got \(7,\)": torch.ones(7),
+    r"values must be a floating tensor .*got \(1, 1, 1, 5, 7\)": torch.ones(1, 1, 1, 5, 7),
+    "values must be a floating tensor .*got ndarray": np.ones((5, 7)),
+    r"F of shape \(2, 3, 3\) needs values \(2, J, H, W\), got \(2, 5, 7\)": torch.ones(2, 5, 7),
+    r"F of shape \(2, 3, 3\) needs values \(2, J, H, W\), got \(3, 2, 5, 7\)": torch.ones(3, 2, 5, 7),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("message", BAD_VALUES)
+def test_values_of_the_wrong_kind_or_shape_are_refused(message, method):
+    with pytest.raises(ValueError, match=message):
+        redirect(BAD_VALUES[message], GOOD.expand(2, 3, 3), 1.0, method)
+
+
+@pytest.mark.parametrize("out_shape", [(0, 4), (3,), (3, 4, 5), (2.5, 4)])
+def test_a_shape_that_is_none_is_refused(out_shape):
+    with pytest.raises(ValueError, match=r"shape is \(H, W\), two positive integers"):
+        redirect(random_maps(5, 7), GOOD, 1.0, out_shape=out_shape)
+
+
+def test_an_unknown_method_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match="method must be one of pencil, dense, loop, got 'fast'"):
+        redirect(random_maps(5, 7), GOOD, 1.0, "fast")
+
+
+@pytest.mark.parametrize("use", [Pencil.sum, Pencil.max], ids=["sum", "max"])
+def test_a_pencil_refuses_values_that_do_not_fit_it(use):
+    one, two = (Pencil.from_fundamental(F, (5, 7), 1.0) for F in (GOOD, GOOD.expand(2, 3, 3)))
+    for values in (random_maps(7, 5), random_maps(5, 7).long()):
+        with pytest.raises(ValueError, match=r"values must be floating \(..., 5, 7\), got"):
+            use(one, values)
+    for values in (random_maps(2, 5, 7), random_maps(3, 4, 5, 7)):
+        with pytest.raises(ValueError, match="2 fundamental matrices need values"):
+            use(two, values)
+
+
+@pytest.mark.parametrize("sharpness", [0, -1.0, math.nan])
+def test_a_sharpness_that_is_not_positive_is_refused(sharpness):
+    with pytest.raises(ValueError, match="sharpness must be positive"):
+        Pencil.from_fundamental(GOOD, (5, 7), 1.0).max(random_maps(5, 7), sharpness)

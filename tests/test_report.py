@@ -1,0 +1,290 @@
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
+
+from epiutils import pages, report
+
+FIRST = r"""# 01 · The first
+
+From $F$ to a line, $x'^\top F x = 0$. See [the second](02_second.ipynb).
+
+Costs `$5` in code."""
+EXPLORER = """
+from matplotlib.figure import Figure
+from epiutils.explore import explore
+def draw(threshold=2, view="left"):
+    figure = Figure(figsize=(2, 1))
+    figure.add_axes((0, 0, 1, 1), ylim=(0, 6)).plot([0, threshold])
+    return figure, f"threshold {threshold} in the {view} view"
+explore(draw, threshold=(1, 3), view=["left", "right"], ahead="threshold")
+"""
+RECORD = """
+from matplotlib.figure import Figure
+from epiutils.report import record, record_figure
+figure = Figure(figsize=(2, 1))
+figure.subplots().plot([1, 2])
+record("line.slope", slope, "slope of the line")
+record("line.points", 2)
+record_figure("01_line", figure, "A line.")
+"""
+WIDGETS = """
+import ipywidgets as w
+w.VBox([w.IntSlider(3, description="plain"), w.Dropdown(options=["a", "b"], description="menu"), w.Label("1 < 2")])
+"""
+
+
+def cells(*sources):
+    """Cells from sources: Markdown where one starts with #, parameters where with %."""
+    made = []
+    for number, source in enumerate(sources):
+        if source.startswith("# "):
+            made.append(new_markdown_cell(source))
+        else:
+            made.append(new_code_cell(source.removeprefix("%").strip()))
+            made[-1].metadata["tags"] = ["parameters"] if source.startswith("%") else []
+        made[-1].id = f"cell-{number}"
+    return made
+
+
+def notebook(path, *sources):
+    nb = new_notebook(cells=cells(*sources))
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report over two small notebooks: its folder, and a function that makes it again with other arguments."""
+    folder = tmp_path_factory.mktemp("report")
+    parameters = '%profile = "quick"\nslope = 1.0  # px per px\nrecording = ""'
+    notebook(folder / "nb" / "01_first.ipynb", FIRST, parameters, RECORD, EXPLORER, WIDGETS)
+    notebook(
+        folder / "nb" / "02_second.ipynb",
+        "# 02 · The second\n\nIt *adds*.",
+        "%fail = False",
+        "assert not fail, 'told to'",
+    )
+
+    def make(*arguments):
+        return report.main(["--notebooks", str(folder / "nb"), "--out", str(folder / "out"), *arguments])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in report.THREADS:
+            patch.setenv(name, os.environ.get(name, report.THREADS[name]))
+        assert make("-p", "slope", "2") == 0
+        yield folder / "out", make
+
+
+def test_record_checks_and_leaves_no_trace_outside_a_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac"):
+        assert report.record("a.b", value) is None
+    for name in ("", "a b", ".a", "a..b", "ä"):
+        with pytest.raises(ValueError, match="words joined by dots"):
+            report.record(name, 1)
+    for value in (float("nan"), np.inf, None, [1], object()):
+        with pytest.raises(ValueError, match="finite number"):
+            report.record("a", value)
+    figure = Figure()
+    assert report.record_figure("a", figure) is figure
+    with pytest.raises(ValueError, match="03_fused"):
+        report.record_figure("../a", Figure())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recorded_figures_are_the_same_bytes_in_every_run(tmp_path, monkeypatch):
+    files = []
+    for run in ("a", "b"):
+        monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path / run))
+        figure = Figure(figsize=(2, 1))
+        figure.subplots().plot([1, 3, 2])
+        assert report.record_figure("line", figure, "A line.") is figure
+        files.append({path.name: path.read_bytes() for path in (tmp_path / run / "figures").iterdir()})
+    assert sorted(files[0]) == ["line.png", "line.svg"] and files[0] == files[1]
+
+
+def test_a_large_figure_is_kept_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
+    figure = Figure(figsize=(8, 8))
+    figure.add_axes((0, 0, 1, 1)).imshow(np.random.default_rng(0).random((400, 400, 3)))
+    report.record_figure("noise", figure)
+    (path,) = (tmp_path / "figures").iterdir()
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "P"
+
+
+def test_a_name_cannot_be_both_a_number_and_a_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
+    report.record("redirect.speedup", 1)
+    report.record("redirect.speedup_loop", 1)
+    with pytest.raises(ValueError, match="group"):
+        report.record("redirect.speedup.loop", 1)
+
+
+def test_metrics_are_nested_sorted_rounded_and_merged(tmp_path):
+    path = tmp_path / "metrics.json"
+    report.write_metrics(path, {"b.z": 1, "b.a": 2, "old.x": 3}, {"profile": "quick"})
+    report.write_metrics(path, {"b.c": 4}, {"profile": "full"})
+    assert json.loads(path.read_text()) == {
+        "b": {"a": 2, "c": 4, "z": 1},
+        "meta": {"profile": "full"},
+        "old": {"x": 3},
+    }
+    report.write_metrics(path, {"b.c.d": 5}, {}, partial=False)
+    assert json.loads(path.read_text()) == {"b": {"c": {"d": 5}}, "meta": {}, "old": {"x": 3}}
+
+
+def test_a_report_leaves_what_it_promises(made):
+    out, _ = made
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["line"] == {"points": 2, "slope": 2.0}
+    assert metrics["meta"]["parameters"] == {"slope": 2.0} and "torch" in metrics["meta"]["versions"]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == ["01_line.png", "01_line.svg"]
+    readme = (out / "README.md").read_text()
+    assert "| slope of the line | 2 | [01 first](../notebooks/01_first.ipynb) |" in readme
+    assert "![A line.](figures/01_line.png)" in readme and "**: It *adds*." in readme
+    index = (out / "index.html").read_text()
+    assert '<a href="01_first.html">01 · The first</a>' in index and "<math" in index and "figures/01_line.png" in index
+    assert nbformat.read(out / "notebooks" / "01_first.ipynb", 4).cells[-1].execution_count
+
+
+def test_pages_need_neither_network_nor_kernel(made):
+    out, _ = made
+    for path in out.glob("*.html"):
+        page = path.read_text("utf-8")
+        assert not re.search(
+            r"""(src|href)=["']?(https?:)?//|@import|require\.js|mathjax|cdn\w*\.""", page, re.IGNORECASE
+        )
+        assert "vnd.jupyter" not in page and "@@MATH" not in page
+        assert path.stat().st_size < 1.5e6
+    page = (out / "01_first.html").read_text("utf-8")
+    assert page.count("<math") == 2 and "<code>$5</code>" in page
+    assert 'href="02_second.html"' in page and ".ipynb" not in page
+    assert '<span class="setting">plain <b>3</b></span><span class="setting">menu <b>a</b></span>' in page
+    assert "<figcaption>1 &lt; 2</figcaption>" in page
+
+
+def test_an_explorer_made_ahead_is_a_live_slider(made):
+    page = (made[0] / "01_first.html").read_text("utf-8")
+    (frames,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    ahead = json.loads(frames)
+    assert [frame["caption"] for frame in ahead["frames"]] == [f"threshold {t} in the left view" for t in (1, 2, 3)]
+    assert base64.b64decode(ahead["frames"][0]["webp"])[8:12] == b"WEBP" and ahead["start"] == 1
+    assert "view <b>left</b>" in page and 'type: "range"' in page
+
+
+def test_resume_skips_what_is_done_and_unchanged(made, capsys):
+    out, make = made
+    before = {path: path.read_bytes() for path in [out / "metrics.json", *(out / "figures").iterdir()]}
+    assert make("--resume", "-p", "slope", "2") == 0
+    assert capsys.readouterr().out.count("unchanged") == 2
+    assert make("--resume", "-p", "slope", "2", "-p", "fail", "True") == 1  # 02 has another parameter now
+    said = capsys.readouterr()
+    assert "01_first: unchanged" in said.out and "02_second failed. What was done is kept" in said.out
+    assert "assert not fail" in said.err and "AssertionError: told to" in said.err and "\x1b" not in said.err
+    assert "did not run to its end" in (out / "02_second.html").read_text("utf-8")
+    assert "02_second failed" in (out / "README.md").read_text("utf-8")
+    assert nbformat.read(out / "notebooks" / "02_second.ipynb", 4).cells[-1].outputs
+    assert make("--resume", "-p", "slope", "2") == 0  # a failed copy is not taken for a finished one
+    assert "02_second: done" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in before}
+    assert not [path for path in out.rglob("*") if ".part" in path.name or path.name.startswith(".")]
+
+
+def test_only_keeps_the_numbers_of_the_others(made, capsys):
+    out, make = made
+    assert make("--only", "02") == 0
+    assert "01_first" not in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["line"]["slope"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "slop", "1"], "no notebook has the parameter slop; there are: fail, profile, recording, slope"),
+        (["-p", "slope", "steep"], "slope is of type float (like 1.0), got 'steep'"),
+        (["-p", "fail", "1"], "fail is of type bool (like False), got '1'"),
+        (["--only", "07"], "no notebook 07"),
+        (["--only", "02", "-p", "slope", "1"], "no notebook has the parameter slope"),
+        (["--recording", "nowhere"], "nowhere: no such folder"),
+        (["--dataset", "human36m"], "no notebook has the parameter dataset"),
+    ],
+)
+def test_wrong_arguments_are_named(made, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        made[1](*arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_recording_is_where_the_caller_says(made, tmp_path, monkeypatch):
+    out, make = made
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert make("--recording", "mine", "--only", "01") == 0
+    copy = nbformat.read(out / "notebooks" / "01_first.ipynb", 4)
+    assert f'recording = "{tmp_path / "mine"}"' in "\n".join(cell.source for cell in copy.cells)
+    assert json.loads((out / "metrics.json").read_text())["meta"]["parameters"] == {"recording": "mine"}
+
+
+def test_a_cell_that_hangs_is_stopped_and_shown(tmp_path, capsys):
+    notebook(tmp_path / "nb" / "01_slow.ipynb", "# Slow", "1", "import time\ntime.sleep(60)", "2")
+    arguments = ["--notebooks", str(tmp_path / "nb"), "--out", str(tmp_path / "out"), "--timeout", "2"]
+    assert report.main(arguments) == 1
+    assert "import time\ntime.sleep(60)" in capsys.readouterr().err
+
+
+def test_interrupting_keeps_what_was_done(tmp_path):
+    notebook(tmp_path / "nb" / "01_quick.ipynb", "# Quick", "1")
+    notebook(tmp_path / "nb" / "02_slow.ipynb", "# Slow", "print('begun')", "import time\ntime.sleep(60)")
+    command = [sys.executable, "-m", "epiutils.report", "--notebooks", tmp_path / "nb", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "out" / "notebooks" / "02_slow.part.ipynb"
+    end = time.monotonic() + 60
+    while not (part.exists() and "begun\\n" in part.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "02_slow was interrupted" in out
+    assert (tmp_path / "out" / "01_quick.html").exists() and (tmp_path / "out" / "02_slow.html").exists()
+    assert "stamp" not in nbformat.read(tmp_path / "out" / "notebooks" / "02_slow.ipynb", 4).metadata["epiutils"]
+
+
+def test_refreshing_twice_gives_the_same_bytes(tmp_path):
+    path = notebook(tmp_path / "01_first.ipynb", FIRST, "%slope = 1.0", EXPLORER, WIDGETS, "print(slope)")
+    runs = []
+    for _ in range(2):
+        assert report.main(["--notebooks", str(tmp_path), "--refresh"]) == 0
+        runs.append(path.read_bytes())
+    assert runs[0] == runs[1] and b"widget-state" not in runs[0] and b"webp" not in runs[0]
+    assert nbformat.read(path, 4).cells[-1].outputs[0].text == "1.0\n"
+
+
+def test_formulas_outside_code_become_mathml(capsys):
+    text = pages.markdown(
+        "Costs \\$5 and $x_1$, `$y$`:\n$$\\begin{aligned} a &= b \\\\ &= \\tfrac12 \\end{aligned}$$\n```\n$z$\n```"
+    )
+    assert text.count("<math") == 2 and "$y$" in text and "$z$" in text and "mtable" in text
+    assert '<span class="unbroken"><math' in text and "$5" in text
+    assert pages.mathml(r"\nonsense{x}") == r"<code>\nonsense{x}</code>" and "nonsense" in capsys.readouterr().err
+    assert "<mo>∼</mo>" in pages.mathml(r"F \sim G") and "<mtext>ref</mtext>" in pages.mathml(r"x_{\mathrm{ref}}")
+
+
+def test_title_and_summary_come_from_the_first_cell():
+    nb = new_notebook(cells=cells("# A *title*\n\n![picture](x.png)\n\nOne line\nand another.\n\n- no"))
+    assert pages.heading(nb) == ("A *title*", "One line and another.")
+    assert pages.heading(new_notebook()) == ("", "")
