@@ -96,9 +96,15 @@ class Camera:
         distorted = (points - self.K[:2, 2]) @ np.linalg.inv(self.K[:2, :2]).T
         x = distorted
         with np.errstate(all="ignore"):
-            for _ in range(50 if self.distortion.any() else 0):  # fixed point: x ← x + (distorted − distort(x))
-                x = x + (distorted - self._distort(x))
-            found = np.abs(self._distort(x) - distorted).max(-1, keepdims=True) < 1e-9
+            for _ in range(50 if self.distortion.any() else 0):  # Newton's method, distort(x) = distorted
+                (uu, uv, vv), error = self._distortion_jacobian(x), distorted - self._distort(x)
+                step = [vv * error[..., 0] - uv * error[..., 1], uu * error[..., 1] - uv * error[..., 0]]
+                x = x + np.stack(step, -1) / (uu * vv - uv * uv)[..., None]
+            exact = np.abs(self._distort(x) - distorted).max(-1) < 1e-9
+            # Beyond the circle where the lens folds the picture over, other solutions are not what it shows.
+            uu, uv, vv = self._distortion_jacobian(x)
+            this_side = (uu * vv > uv * uv) & ((x * distorted).sum(-1) >= 0)
+            found = (exact & this_side)[..., None]
         return self._pixels(np.where(found, x, np.nan))
 
     def without_distortion(self) -> Camera:
@@ -133,6 +139,18 @@ class Camera:
             ],
             axis=-1,
         )
+
+    def _distortion_jacobian(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Derivative of `_distort`, a symmetric matrix [[uu, uv], [uv, vv]], each (...)."""
+        k1, k2, p1, p2, k3 = self.distortion
+        u, v = x[..., 0], x[..., 1]
+        r2 = u * u + v * v
+        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+        slope = 2 * (k1 + r2 * (2 * k2 + r2 * 3 * k3))  # of radial, times u or v
+        uu = radial + u * u * slope + 2 * p1 * v + 6 * p2 * u
+        uv = u * v * slope + 2 * p1 * u + 2 * p2 * v
+        vv = radial + v * v * slope + 6 * p1 * v + 2 * p2 * u
+        return uu, uv, vv
 
     def _pixels(self, x: np.ndarray) -> np.ndarray:
         return x @ self.K[:2, :2].T + self.K[:2, 2]

@@ -128,8 +128,8 @@ def fused_row(axes: Sequence[Axes], source, ridge, reference, fused) -> Sequence
     """The original's figure: source | ridge | reference | fused, each heatmap on its own scale, its range above it."""
     titles = ("source", "ridge", "reference", "fused")
     for ax, title, values in zip(axes, titles, (source, ridge, reference, fused), strict=True):
-        low, high = float(values.min()), float(values.max())
-        heatmap(ax, values, f"{title}: {low + 0.0:.2g} to {high:.3g}", bar=False, ticks=False)
+        low, high = (round(float(end), 2) + 0.0 for end in (values.min(), values.max()))
+        heatmap(ax, values, f"{title}: {low:g} to {high:g}", bar=False, ticks=False)
     return axes
 
 

@@ -24,7 +24,9 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import torch
+from array_api_compat import array_namespace
 from torch import Tensor
 
 # A band is closed: a distance equal to the threshold, but for rounding, belongs to it.
@@ -55,7 +57,7 @@ def redirect(
         raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim not in (2, 3, 4):
         raise ValueError(f"values must be a floating tensor (B, J, H, W), (J, H, W) or (H, W), got {_describe(values)}")
-    F = torch.as_tensor(F, device=values.device)
+    F = _tensor(F).to(values.device)
     if F.ndim == 3 and (values.ndim != 4 or len(F) != len(values)):
         raise ValueError(f"F of shape {tuple(F.shape)} needs values ({len(F)}, J, H, W), got {tuple(values.shape)}")
     shape = tuple(values.shape[-2:])
@@ -91,35 +93,15 @@ class Pencil:
         out_shape: of the reference, by default the same.  threshold: reference px.
         """
         shape, out_shape = _check_shape(shape), _check_shape(out_shape or shape)
-        F = torch.as_tensor(F)
-        Fn, e = (a.reshape(-1, *a.shape[F.ndim - 2 :]) for a in _normalized_fundamental(F, shape, out_shape))
-        t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
-        reach = torch.linalg.vector_norm(e[:, :2], dim=-1, keepdim=True)  # D = reach / e[2], possibly ∞
-        near = reach <= e[:, 2:]
-        d = torch.where(reach > 0, e[:, :2] / reach, e.new_tensor([1.0, 0.0]))
-        n = torch.stack([-d[:, 1], d[:, 0]], -1)
-        k = torch.where(near, torch.ones_like(reach), e[:, 2:] / reach)  # 1 / stretch of the angle: 0 for D = ∞
-
-        # Source: (a, b)·n, (a, b)·d and c of each pixel's line, the angle, and its order.
-        turn = torch.zeros_like(Fn)
-        turn[:, 0, :2], turn[:, 1, :2], turn[:, 2, 2] = n, d, 1
-        lines = _normalized_pixels(shape, F.device) @ (turn @ Fn).mT  # (B, N, 3)
-        along_n, along_d, c = lines.unbind(-1)
-        valid = _has_line(lines, Fn)
-        angles, order = (torch.atan2(torch.where(near, along_d, -c), along_n) % math.pi).sort(dim=-1)
-
-        # Reference: coordinates about e', those along d shrunk by k, and the two sides of each pixel's wedge.
-        turn[:, 1] = torch.cat([k * d, -torch.where(near, reach / e[:, 2:], torch.ones_like(reach))], -1)
-        eta, zeta = (_normalized_pixels(out_shape, F.device) @ turn[:, :2].mT).unbind(-1)  # (B, N')
-        r = torch.hypot(eta * k, zeta)
-        sin = t * k / r  # of the wedge's half-angle
-        everywhere = ~(sin < 1)  # within the threshold of e' itself: all lines
-        cos = torch.sqrt((1 - sin).clamp_min(0) * (1 + sin))
-        x, dx, y, dy = -zeta * cos, eta * k * sin, eta * cos, t * zeta / r
-        sides = torch.atan2(torch.cat([y + dy, y - dy], -1), torch.cat([x + dx, x - dx], -1)) % math.pi  # (B, 2N')
-        wraps = (sides[:, len(r[0]) :] < sides[:, : len(r[0])]) & ~everywhere
-        lo, hi = torch.searchsorted(angles, sides).unflatten(1, (2, -1)).unbind(1)
-        lo, hi = lo.masked_fill(everywhere, 0), hi.masked_fill(everywhere, order.shape[-1])
+        F, t = _tensor(F), _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
+        Fn, e = _normalized_fundamental(F, shape, out_shape)
+        Fn, e = Fn.reshape(-1, 3, 3), e.reshape(-1, 3)
+        if F.device.type == "cpu":  # numpy, one F at a time, is several times quicker here than a batch in torch
+            parts = [_ranges(Fn[b : b + 1], e[b : b + 1], shape, out_shape, t) for b in range(len(Fn))]
+            found = [torch.from_numpy(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
+        else:
+            found = _ranges(Fn, e, shape, out_shape, t)
+        order, lo, hi, wraps, valid = found
         return cls(
             shape=shape,
             out_shape=out_shape,
@@ -133,7 +115,8 @@ class Pencil:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over each reference pixel's band, as `redirect`: values (..., H, W) → (..., H', W'), in O(N)."""
-        return self._unflatten(_BandSum.apply(self._flatten(values), self), values)
+        v = self._flatten(values)
+        return self._unflatten(_BandSum.apply(v, self) if v.requires_grad else self._range_sum(v), values)
 
     def max(self, values: Tensor, sharpness: float = math.inf) -> Tensor:
         """Maximum over each reference pixel's band, or its soft version log Σ exp(β v) / β with β = sharpness.
@@ -156,9 +139,10 @@ class Pencil:
             hi = hi + self.order.shape[-1] * self.wraps
         hi = torch.maximum(hi, lo + 1)  # an empty range reads something, replaced below
         lo, hi = lo.clamp_max(v.shape[-1] - 1), hi.clamp_max(v.shape[-1])
-        out = (
-            _RangeMax.apply(v, lo, hi) if math.isinf(sharpness) else _range_logsumexp(v * sharpness, lo, hi) / sharpness
-        )
+        if math.isinf(sharpness):
+            out = _RangeMax.apply(v, lo, hi)
+        else:  # in float64: the gradient is an exponential of differences of sharpness · v
+            out = (_range_logsumexp(v.double() * sharpness, lo, hi) / sharpness).to(v.dtype)
         return self._unflatten(out.masked_fill(self.count.flatten(-2)[:, None] == 0, -math.inf), values)
 
     @property
@@ -193,7 +177,9 @@ class Pencil:
         running = _running_sum(_take(v, self.order))
         out = _take(running, self.hi).sub_(_take(running, self.lo))
         if self.wraps is not None:
-            out.addcmul_(self.wraps[:, None].to(out.dtype), running[..., -1:])
+            if ("wraps", v.dtype) not in self._cache:
+                self._cache["wraps", v.dtype] = self.wraps[:, None].to(v.dtype)
+            out.addcmul_(self._cache["wraps", v.dtype], running[..., -1:])
         return out
 
     def _range_sum_adjoint(self, g: Tensor) -> Tensor:
@@ -211,6 +197,70 @@ class Pencil:
         if self.wraps is not None:
             out += (g * self.wraps[:, None]).sum(-1, keepdim=True)
         return out if self.valid is None else out * self.valid[:, None]
+
+
+def _ranges(Fn, e, shape: tuple[int, int], out_shape: tuple[int, int], t: float) -> tuple:
+    """The order of the source pixels and each reference pixel's range of it, in normalised coordinates.
+
+    Fn: (B, 3, 3) and e: (B, 3), numpy or torch.  t: the threshold.  Returns order (B, N), lo, hi, wraps (B, N')
+    and valid (B, N) of `Pencil`, of the same kind.
+    """
+    xp = array_namespace(Fn)
+    reach = xp.hypot(e[:, :1], e[:, 1:2])  # (B, 1), D = reach / e[2], possibly ∞
+    near = reach <= e[:, 2:]
+    at_centre = reach == 0
+    d = xp.concat([xp.where(at_centre, 1.0, e[:, :1]), e[:, 1:2]], axis=-1) / xp.where(at_centre, 1.0, reach)
+    n = xp.stack([-d[:, 1], d[:, 0]], axis=-1)
+    far = xp.where(near, 1.0, reach)  # a safe divisor
+    k = xp.where(near, 1.0, e[:, 2:] / far)  # 1 / stretch of the angle: 0 for D = ∞
+    D_k = xp.where(near, reach / xp.where(near, e[:, 2:], 1.0), 1.0)  # D k
+
+    # Source: each line's (a, b)·n, (a, b)·d and c, its angle, and the order of the angles.
+    turn = xp.zeros_like(Fn)
+    turn[:, 0, :2], turn[:, 1, :2], turn[:, 2, 2] = n, d, 1.0
+    lines = turn @ Fn @ _like(_normalized_pixels(shape), Fn)  # (B, 3, N)
+    along_n, along_d, c = lines[:, 0], lines[:, 1], lines[:, 2]
+    rounding = AT_EPIPOLE * xp.linalg.matrix_norm(Fn)[:, None]
+    valid = along_n * along_n + along_d * along_d > rounding * rounding
+    angles = _angle(xp, xp.where(near, along_d, -c), along_n)
+    order = xp.argsort(angles, axis=-1, stable=False)
+    angles = xp.take_along_axis(angles, order, axis=-1)
+
+    # Reference: coordinates about e', those along d shrunk by k, and the two sides of each pixel's wedge.
+    turn[:, 1] = xp.concat([k * d, -D_k], axis=-1)
+    about = turn[:, :2] @ _like(_normalized_pixels(out_shape), Fn)  # (B, 2, N')
+    eta, zeta = about[:, 0], about[:, 1]
+    r = xp.hypot(eta * k, zeta)
+    everywhere = r <= t * k  # within the threshold of e' itself: all lines
+    r = xp.where(everywhere, 1.0, r)
+    sin = xp.where(everywhere, 0.0, t * k / r)  # of the wedge's half-angle
+    cos = xp.sqrt((1 - sin) * (1 + sin))
+    x, dx, y, dy = -zeta * cos, eta * k * sin, eta * cos, t * zeta / r
+    sides = _angle(xp, xp.concat([y + dy, y - dy], axis=-1), xp.concat([x + dx, x - dx], axis=-1))  # (B, 2N')
+    found = _search(angles, sides)  # (B, 2N')
+    middle = eta.shape[-1]
+    wraps = (sides[:, middle:] < sides[:, :middle]) & ~everywhere
+    lo = xp.where(everywhere, 0, found[:, :middle])
+    hi = xp.where(everywhere, angles.shape[-1], found[:, middle:])
+    return order, lo, hi, wraps, valid
+
+
+def _angle(xp, y, x):
+    """A stand-in for atan2(y, x) modulo π that sorts alike and is quicker: −x / (|x| + |y|) on the side y ≥ 0."""
+    with np.errstate(invalid="ignore"):  # a source pixel at the epipole has no angle: nan, last in the order
+        return xp.where(y < 0, x, -x) / (xp.abs(x) + xp.abs(y))
+
+
+def _search(angles, sides):
+    """Places (B, K) of `sides` in the sorted rows of `angles` (B, N)."""
+    if isinstance(angles, Tensor):
+        return torch.searchsorted(angles, sides)
+    return np.stack([np.searchsorted(row, of_row) for row, of_row in zip(angles, sides, strict=True)])
+
+
+def _like(array: np.ndarray, other):
+    """The array itself, or a tensor of it where the other is a tensor."""
+    return torch.as_tensor(array, device=other.device) if isinstance(other, Tensor) else array
 
 
 class _BandSum(torch.autograd.Function):
@@ -324,12 +374,13 @@ def _redirect_pencil(values, F, threshold, out_shape):
 def _redirect_dense(values: Tensor, F: Tensor, threshold: float, out_shape: tuple[int, int]) -> Tensor:
     """The (reference × source) mask, applied as a matrix."""
     shape = tuple(values.shape[-2:])
-    Fn, _ = _normalized_fundamental(F, shape, out_shape)
-    lines = _normalized_pixels(shape, F.device) @ Fn.mT  # (..., N, 3)
-    normal = torch.linalg.vector_norm(lines[..., :2], dim=-1)  # (..., N)
-    distance = (_normalized_pixels(out_shape, F.device) @ lines.mT).abs()  # (..., N', N), times the normal
+    Fn = torch.as_tensor(_normalized_fundamental(F, shape, out_shape)[0])
+    lines = Fn @ _like(_normalized_pixels(shape), Fn)  # (..., 3, N)
+    normal = torch.linalg.vector_norm(lines[..., :2, :], dim=-2)  # (..., N)
+    distance = (_like(_normalized_pixels(out_shape), Fn).mT @ lines).abs()  # (..., N', N), times the normal
     t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
-    mask = (distance <= t * normal[..., None, :]) & _has_line(lines, Fn)[..., None, :]
+    has_line = normal > AT_EPIPOLE * torch.linalg.matrix_norm(Fn)[..., None]
+    mask = (distance <= t * normal[..., None, :]) & has_line[..., None, :]
     mask = mask.to(values.dtype)
     if values.ndim == 2:
         return (mask @ values.flatten()).unflatten(-1, out_shape)
@@ -339,19 +390,19 @@ def _redirect_dense(values: Tensor, F: Tensor, threshold: float, out_shape: tupl
 def _redirect_loop(values: Tensor, F: Tensor, threshold: float, out_shape: tuple[int, int]) -> Tensor:
     """The original's nested loops in plain Python: for each map and source pixel, visit every reference pixel."""
     (height, width), (out_height, out_width) = values.shape[-2:], out_shape
-    Fn = _normalized_fundamental(F, (height, width), out_shape)[0].cpu()
-    to_src, to_ref = (torch.linalg.inv(_pixels_from(s, Fn.device)) for s in ((height, width), out_shape))
+    Fn, _ = _normalized_fundamental(F.cpu(), (height, width), out_shape)
+    to_src, to_ref = (np.linalg.inv(_pixels_from(s)) for s in ((height, width), out_shape))
     F = (to_ref.mT @ Fn @ to_src).reshape(-1, 3, 3).tolist()
     maps = values.reshape(-1, height, width).tolist()
     limit = _check_threshold(threshold) * (1 + TIE)
     out = [[[0.0] * out_width for _ in range(out_height)] for _ in maps]
     for m in range(len(maps)):
         f = F[m * len(F) // len(maps)]
+        largest = sum(abs(row[0]) * width + abs(row[1]) * height + abs(row[2]) for row in f[:2])  # any normal can be
         for y, x in itertools.product(range(height), range(width)):
             a, b, c = (row[0] * x + row[1] * y + row[2] for row in f)
-            rounding = sum(abs(row[0] * x) + abs(row[1] * y) + abs(row[2]) for row in f[:2])
             normal = math.hypot(a, b)
-            if normal <= AT_EPIPOLE * rounding:
+            if normal <= AT_EPIPOLE * largest:
                 continue
             for y_ref in range(out_height):
                 for x_ref in range(out_width):
@@ -360,21 +411,22 @@ def _redirect_loop(values: Tensor, F: Tensor, threshold: float, out_shape: tuple
     return torch.tensor(out, dtype=values.dtype, device=values.device).reshape(*values.shape[:-2], *out_shape)
 
 
-def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[int, int]) -> tuple:
     """F between coordinates that have the picture's centre as origin and its half-size as unit, of rank 2 exactly.
 
     F_n = T_ref⁻ᵀ F T_src⁻¹ with the smallest singular value, which must be rounding of F's own dtype, set to
-    zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with e'₃ ≥ 0, float64.
-    Raises ValueError for nan, zeros, rank 1 and rank 3.
+    zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with e'₃ ≥ 0, in float64;
+    numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, rank 1 and rank 3.
     """
     if F.shape[-2:] != (3, 3) or F.ndim not in (2, 3) or 0 in F.shape:
         raise ValueError(f"F must be (3, 3) or (B, 3, 3), got {tuple(F.shape)}")
     if not F.isfinite().all():
         raise ValueError(f"F holds nan or inf: {F.tolist()}")
     rounding = math.sqrt(torch.finfo(F.dtype if F.is_floating_point() else torch.float64).eps)
-    U, S, Vh = torch.linalg.svd(
-        _pixels_from(out_shape, F.device).mT @ F.detach().double() @ _pixels_from(shape, F.device)
-    )
+    F = F.detach().double()
+    F = F.numpy() if F.device.type == "cpu" else F
+    xp = array_namespace(F)
+    U, S, Vh = xp.linalg.svd(_like(_pixels_from(out_shape), F).mT @ F @ _like(_pixels_from(shape), F))
     if (S[..., 0] == 0).any():
         raise ValueError("F is all zeros")
     if (S[..., 1] <= rounding * S[..., 0]).any():
@@ -382,7 +434,13 @@ def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[
     if (S[..., 2] > rounding * S[..., 0]).any():
         raise ValueError(f"F has rank 3, a fundamental matrix has rank 2; singular values {S.tolist()}")
     e = U[..., 2]
-    return (U[..., :2] * (S[..., None, :2] / S[..., None, :1])) @ Vh[..., :2, :], torch.where(e[..., 2:] < 0, -e, e)
+    Fn = (U[..., :2] * (S[..., None, :2] / S[..., None, :1])) @ Vh[..., :2, :]
+    return Fn, xp.where(e[..., 2:] < 0, -e, e)
+
+
+def _tensor(F) -> Tensor:
+    """F as a tensor; a numpy array is copied, for it may be read-only."""
+    return F if isinstance(F, Tensor) else torch.tensor(np.asarray(F))
 
 
 def _half_size(shape: tuple[int, int]) -> float:
@@ -390,27 +448,18 @@ def _half_size(shape: tuple[int, int]) -> float:
 
 
 @lru_cache(maxsize=32)
-def _pixels_from(shape: tuple[int, int], device) -> Tensor:
+def _pixels_from(shape: tuple[int, int]) -> np.ndarray:
     """The affine T⁻¹ (3, 3) from normalised coordinates (centre as origin, half-size as unit) to pixels."""
     (height, width), h = shape, _half_size(shape)
-    T = [[h, 0.0, (width - 1) / 2], [0.0, h, (height - 1) / 2], [0.0, 0.0, 1.0]]
-    return torch.tensor(T, dtype=torch.float64, device=device)
+    return np.array([[h, 0, (width - 1) / 2], [0, h, (height - 1) / 2], [0, 0, 1]])
 
 
 @lru_cache(maxsize=32)
-def _normalized_pixels(shape: tuple[int, int], device) -> Tensor:
-    """Homogeneous normalised coordinates of all pixels, row by row: (N, 3) float64."""
+def _normalized_pixels(shape: tuple[int, int]) -> np.ndarray:
+    """Homogeneous normalised coordinates of all pixels, row by row: (3, N)."""
     (height, width), h = shape, _half_size(shape)
-    x = (torch.arange(width, dtype=torch.float64, device=device) - (width - 1) / 2) / h
-    y = (torch.arange(height, dtype=torch.float64, device=device) - (height - 1) / 2) / h
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)
-
-
-def _has_line(lines: Tensor, Fn: Tensor) -> Tensor:
-    """False for the source pixel at the epipole: (..., N) from lines (..., N, 3)."""
-    rounding = AT_EPIPOLE * torch.linalg.matrix_norm(Fn)[..., None]
-    return torch.hypot(lines[..., 0], lines[..., 1]) > rounding
+    y, x = np.mgrid[:height, :width].reshape(2, -1)
+    return np.stack([(x - (width - 1) / 2) / h, (y - (height - 1) / 2) / h, np.ones(len(x))])
 
 
 def _check_shape(shape) -> tuple[int, int]:

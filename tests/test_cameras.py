@@ -59,9 +59,10 @@ def test_the_camera_of_look_at_sees_its_target_in_the_middle_and_up_is_up():
     np.testing.assert_allclose(camera.C, (4, 1, 1.5))
 
 
-def test_points_in_or_behind_the_cameras_plane_have_no_image():
+@pytest.mark.parametrize("distortion", [(), LENS], ids=["straight", "lens"])
+def test_points_in_or_behind_the_cameras_plane_have_no_image(distortion):
     X = np.array([[0, 0, 1.0], [0.1, 0, -3], [0.1, 0.2, -5], [0, 0, -3 + 1e-9]])
-    seen = plain(distortion=LENS).project(X)
+    seen = plain(distortion=distortion).project(X)
     assert np.isfinite(seen).all(-1).tolist() == [True, False, False, True]
     assert np.isnan(seen[1:3]).all()
 
@@ -88,11 +89,23 @@ def test_undistort_takes_recorded_pixels_to_the_undistorted_cameras(seed):
         np.testing.assert_allclose(camera.undistort(recorded), opencv, atol=1e-6)
 
 
-def test_undistort_gives_nan_where_the_lens_has_no_inverse():
-    camera = plain(distortion=(-0.3, 0, 0, 0))  # r − 0.3 r³ never exceeds 0.703
-    found = camera.undistort([[160, 120], [200, 150], [160 + 300 * 0.75, 120]])
+BARREL = (-0.3, 0, 0, 0)  # r − 0.3 r³ grows up to r = 1.054, where it is 0.7027
+
+
+@pytest.mark.parametrize("r", [0.7036, 0.705, 0.75, 3.0])
+def test_undistort_gives_nan_where_the_lens_has_no_inverse(r):
+    found = plain(distortion=BARREL).undistort([[160, 120], [200, 150], [160 + 300 * r, 120]])
     assert np.isfinite(found[:2]).all() and np.isnan(found[2]).all()
-    assert np.isnan(camera.undistort([[np.nan, 3.0]])).all()
+
+
+@pytest.mark.parametrize("r", [0.5, 0.8, 0.95, 1.02])
+def test_undistort_finds_the_inverse_wherever_the_lens_has_one(r):
+    found = plain(distortion=BARREL).undistort([[160 + 300 * (r - 0.3 * r**3), 120]])
+    np.testing.assert_allclose(found, [[160 + 300 * r, 120]], atol=1e-5)
+
+
+def test_undistort_keeps_what_is_unknown_unknown():
+    assert np.isnan(plain(distortion=LENS).undistort([[np.nan, 3.0]])).all()
 
 
 @pytest.mark.parametrize("distortion", [(), LENS], ids=["straight", "lens"])
@@ -216,11 +229,19 @@ def test_writing_replaces_a_file_whole_or_leaves_it(tmp_path):
     path = tmp_path / "Calib.toml"
     write_calib(path, camera_pair(1))
     before = path.read_text()
-    with pytest.raises(AttributeError):
-        write_calib(path, [*camera_pair(2), "no camera"])
+    unwritable = replace(camera_pair(2)[0], name="\ud800")  # fails in the middle of the file
+    with pytest.raises(UnicodeEncodeError):
+        write_calib(path, [*camera_pair(2), unwritable])
     assert path.read_text() == before
     write_calib(path, camera_pair(2)[:1])
     assert len(read_calib(path)) == 1
+
+
+@pytest.mark.parametrize("names", [("same", "same"), ("metadata", "other")])
+def test_cameras_that_a_rig_file_cannot_tell_apart_are_not_written(tmp_path, names):
+    cameras = [replace(c, name=name) for c, name in zip(camera_pair(1), names, strict=True)]
+    with pytest.raises(ValueError, match=names[0]):
+        write_calib(tmp_path / "Calib.toml", cameras)
 
 
 TABLE = {

@@ -23,6 +23,7 @@ from epiutils.epipolar import (
     symmetric_epipolar_distance,
     transfer,
 )
+from epiutils.heatmaps import HEATMAP_FROM_INPUT
 
 SEEDS = range(6)
 
@@ -57,7 +58,7 @@ def brute_distance(F, x_src, x_ref):
 
 
 def nearest_exact(F, x_src, x_ref):
-    """Distance in ℝ⁴ to the nearest exact correspondence: the source point moves by m, the other drops onto its line."""
+    """Distance in ℝ⁴ to the nearest exact correspondence: the source moves by m, the other drops onto its line."""
     best = least_squares(lambda m: [*m, literal_line(F, x_src + m) @ (*x_ref, 1)], (0, 0), xtol=1e-12, gtol=1e-12)
     return np.sqrt(2 * best.cost)
 
@@ -130,6 +131,17 @@ def test_transfers_compose_and_undo():
     A, B = np.diag([0.25, 0.5, 1]), crop_affine((90, 80), 100, (64, 48), 0.3)
     np.testing.assert_allclose(transfer(transfer(F, A, B), B, A), transfer(F, B @ A, A @ B), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(transfer(transfer(F, A, B), np.linalg.inv(A), np.linalg.inv(B)), F, atol=1e-12)
+
+
+def test_F_as_a_tensor_takes_affines_of_either_library_even_read_only():
+    F = fundamental_from_cameras(*camera_pair(2))
+    expected = transfer(F, HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
+    torch.set_warn_always(True)  # else torch warns of a read-only array once a process only
+    try:
+        for A in (HEATMAP_FROM_INPUT, torch.tensor(HEATMAP_FROM_INPUT.copy())):
+            np.testing.assert_allclose(transfer(torch.from_numpy(F), A, A), expected)
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("scale", [1, -3e5, 1e-9])
@@ -286,6 +298,10 @@ def degenerate(kind):
     if kind == "pure rotation":
         ref = look_at(src.C, (0.2, -0.3, 0.8), focal=350, size=(300, 400), roll=0.3)
     x_src, x_ref = src.project(X), ref.project(X)
+    if kind == "critical surface":  # matches of two fundamental matrices at once
+        lines = (homogeneous(x_src) @ fundamental_from_cameras(a, b).T for a, b in (camera_pair(2), camera_pair(3)))
+        x_ref = np.cross(*lines)
+        x_ref = x_ref[:, :2] / x_ref[:, 2:]
     if kind == "collinear in src":
         x_src[:, 1] = 0.5 * x_src[:, 0] + 20
     if kind == "collinear in ref":
@@ -319,6 +335,7 @@ MESSAGES = {
     "a line in space": "collinear in x_src",
     "one plane": "degenerate .*rank 6 .*one plane",
     "pure rotation": "degenerate .*share their centre",
+    "critical surface": "degenerate .*rank 7 of the 8 needed",
     "nan": "x_src has 1 points that are nan or inf, the first at index 4",
     "inf": "x_ref has 2 points that are nan or inf, the first at index 5",
     "lengths": "correspond one to one, got 30 and 29",

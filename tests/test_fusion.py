@@ -194,6 +194,12 @@ def test_batches_or_joints_that_differ_are_refused():
             module(torch.ones(2, 3, *SHAPE), torch.ones(2, 4, *REFERENCE), rig(0))
 
 
+def test_an_unknown_method_is_refused():
+    for module in modules(method="fast"):
+        with pytest.raises(ValueError, match="method must be one of"):
+            module(*maps(0), rig(0))
+
+
 @pytest.mark.parametrize("module", [OriginalFusion, SimpleFusion])
 def test_initial_weights_of_another_shape_are_refused(module):
     with pytest.raises(ValueError, match=r"initial weights must be \(3, 3\), got \(9,\)"):

@@ -118,6 +118,28 @@ def test_every_displacement_counts_as_hrnets_does_at_the_edge_of_half_a_tenth(sh
         assert_hrnets(one_hot(shape, [point]), one_hot(shape, [centre + rng.integers(0, 2, 2)]))
 
 
+@pytest.mark.parametrize("shape", [(60, 44), (140, 36), (44, 60), (36, 140)])
+def test_at_exactly_half_a_tenth_rounding_decides_as_it_does_for_hrnet(shape):
+    along_x = shape[0] > shape[1]  # where a unit is a whole number, 6 or 14
+    step = max(shape) // 20
+    steps = np.arange(2, min(shape) - step)
+    still = np.full_like(steps, 9)
+    target = np.stack([steps, still] if along_x else [still, steps], -1)
+    output = target + ((step, 0) if along_x else (0, step))
+    outcomes = hrnet_dists(one_hot(shape, output), one_hot(shape, target)) < 0.5
+    assert outcomes.any() and not outcomes.all(), "else no rounding is tested"
+    for o, t in zip(output, target, strict=True):
+        assert_hrnets(one_hot(shape, [o]), one_hot(shape, [t]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_last_digit_of_a_mean_over_many_joints_is_hrnets(seed):
+    rng = np.random.default_rng(seed)
+    target = rng.random((7, 17, 24, 18))
+    output = np.where(rng.random((7, 17, 1, 1)) < 0.5, target, rng.random(target.shape))
+    assert_hrnets(output, target)
+
+
 def test_the_first_coordinate_is_divided_by_the_height():
     shape = (100, 40)  # units of 10 px along x and of 4 px along y: HRNet's own order
     target = one_hot(shape, [(20, 50)])

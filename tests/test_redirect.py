@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rigs import camera_pair, look_at, random_maps, world_points
 
 from epiutils.epipolar import find_fundamental, fundamental_from_cameras, transfer
-from epiutils.redirect import Pencil, redirect
+from epiutils.redirect import TIE, Pencil, _half_size, _normalized_fundamental, _ranges, redirect
 
 METHODS = ("loop", "dense", "pencil")
 RECTIFIED = np.array([[0, 0, 0], [0, 0, -1.0], [0, 1, 0]])  # same rows: the line of (x, y) is y_ref = y
@@ -303,15 +303,21 @@ def test_F_may_be_a_numpy_array_of_either_precision(method):
     torch.testing.assert_close(redirect(values, F.astype(np.float32), 1.0, method), expected)
 
 
+@pytest.fixture
+def torch_warns_each_time():
+    """Otherwise once a process, and a test's outcome depends on those before it."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("torch_warns_each_time")
 @pytest.mark.parametrize("method", METHODS)
 def test_F_may_be_a_read_only_array(method):
     F = generic(np.random.default_rng(4), (5, 8), (5, 8))
     F.flags.writeable = False
-    torch.set_warn_always(True)  # else torch warns once a process, and the test depends on the order of tests
-    try:
-        redirect(random_maps(5, 8), F, 1.0, method)
-    finally:
-        torch.set_warn_always(False)
+    redirect(random_maps(5, 8), F, 1.0, method)
+    Pencil.from_fundamental(F, (5, 8), 1.0)
 
 
 @pytest.mark.parametrize("estimator", ["8point", "lmeds", "ransac", "magsac"])
@@ -439,6 +445,20 @@ def test_count_is_the_number_of_source_pixels_in_each_band(kind):
     np.testing.assert_array_equal(count.numpy(), np.stack(expected))
     single = Pencil.from_fundamental(torch.from_numpy(F[1]), shape, 1.234, out_shape).count
     np.testing.assert_array_equal(single.numpy(), expected[1][None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_set_up_in_torch_which_a_gpu_uses_finds_the_same_bands(kind):
+    shape, out_shape, threshold = (6, 9), (8, 7), 1.234
+    F = np.stack([KINDS[kind](np.random.default_rng(seed), shape, out_shape) for seed in range(3)])
+    normalized = _normalized_fundamental(torch.from_numpy(F), shape, out_shape)
+    t = threshold * (1 + TIE) / _half_size(out_shape)
+    found = _ranges(*(torch.as_tensor(a) for a in normalized), shape, out_shape, t)
+    assert all(isinstance(part, torch.Tensor) for part in found)
+    values = random_maps(3, 2, *shape)
+    expected = [v.flatten(-2) @ brute_members(f, shape, threshold, out_shape).T for v, f in zip(values, F, strict=True)]
+    out = Pencil(shape, out_shape, True, *found).sum(values)
+    np.testing.assert_allclose(out.flatten(-2), np.stack(expected), atol=1e-12)
 
 
 # ---------------------------------------------------------------- the maximum along the line
