@@ -221,7 +221,14 @@ def read_calib(path: str | os.PathLike) -> list[Camera]:
 
 
 def write_calib(path: str | os.PathLike, cameras: Iterable[Camera]) -> None:
-    """Write cameras as a `Calib.toml` that `read_calib` reads back; the file appears whole or not at all."""
+    """Write cameras as a `Calib.toml` that `read_calib` reads back; the file appears whole or not at all.
+
+    Raises ValueError where two cameras share a name, or one is called "metadata" as the file's own table is.
+    """
+    cameras = list(cameras)
+    names = [camera.name for camera in cameras]
+    if len(set(names)) < len(names) or "metadata" in names:
+        raise ValueError(f'cameras need names of their own, other than "metadata", got {names}')
     tables = {
         camera.name: {
             "name": camera.name,

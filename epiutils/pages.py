@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -89,6 +90,7 @@ def mathml(tex: str, block: bool = False) -> str:
 
 def still(nb: NotebookNode, formulas: Formulas) -> NotebookNode:
     """The notebook with nothing in it that needs a kernel, a script from elsewhere or MathJax (in place)."""
+    nb, _ = CoalesceStreamsPreprocessor().preprocess(nb, {})
     state = nb.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
     nb.cells = [cell for cell in nb.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
     for cell in nb.cells:

@@ -456,7 +456,9 @@ def test_the_set_up_in_torch_which_a_gpu_uses_finds_the_same_bands(kind):
     found = _ranges(*(torch.as_tensor(a) for a in normalized), shape, out_shape, t)
     assert all(isinstance(part, torch.Tensor) for part in found)
     values = random_maps(3, 2, *shape)
-    expected = [v.flatten(-2) @ brute_members(f, shape, threshold, out_shape).T for v, f in zip(values, F, strict=True)]
+    expected = [
+        v.flatten(-2).numpy() @ brute_members(f, shape, threshold, out_shape).T for v, f in zip(values, F, strict=True)
+    ]
     out = Pencil(shape, out_shape, True, *found).sum(values)
     np.testing.assert_allclose(out.flatten(-2), np.stack(expected), atol=1e-12)
 
