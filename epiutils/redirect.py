@@ -32,7 +32,7 @@ from torch import Tensor
 # A band is closed: a distance equal to the threshold, but for rounding, belongs to it.
 TIE = 1e-10
 
-# A source pixel is at the epipole when its line's normal is nothing but rounding.
+# A source pixel is at the epipole when its line's normal is nothing but rounding, relative to the norm of F.
 AT_EPIPOLE = 1e-12
 
 
@@ -220,8 +220,7 @@ def _ranges(Fn, e, shape: tuple[int, int], out_shape: tuple[int, int], t: float)
     turn[:, 0, :2], turn[:, 1, :2], turn[:, 2, 2] = n, d, 1.0
     lines = turn @ Fn @ _like(_normalized_pixels(shape), Fn)  # (B, 3, N)
     along_n, along_d, c = lines[:, 0], lines[:, 1], lines[:, 2]
-    rounding = AT_EPIPOLE * xp.linalg.matrix_norm(Fn)[:, None]
-    valid = along_n * along_n + along_d * along_d > rounding * rounding
+    valid = along_n * along_n + along_d * along_d > AT_EPIPOLE**2
     angles = _angle(xp, xp.where(near, along_d, -c), along_n)
     order = xp.argsort(angles, axis=-1, stable=False)
     angles = xp.take_along_axis(angles, order, axis=-1)
@@ -379,8 +378,7 @@ def _redirect_dense(values: Tensor, F: Tensor, threshold: float, out_shape: tupl
     normal = torch.linalg.vector_norm(lines[..., :2, :], dim=-2)  # (..., N)
     distance = (_like(_normalized_pixels(out_shape), Fn).mT @ lines).abs()  # (..., N', N), times the normal
     t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
-    has_line = normal > AT_EPIPOLE * torch.linalg.matrix_norm(Fn)[..., None]
-    mask = (distance <= t * normal[..., None, :]) & has_line[..., None, :]
+    mask = (distance <= t * normal[..., None, :]) & (normal > AT_EPIPOLE)[..., None, :]
     mask = mask.to(values.dtype)
     if values.ndim == 2:
         return (mask @ values.flatten()).unflatten(-1, out_shape)
@@ -414,18 +412,18 @@ def _redirect_loop(values: Tensor, F: Tensor, threshold: float, out_shape: tuple
 def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[int, int]) -> tuple:
     """F between coordinates that have the picture's centre as origin and its half-size as unit, of rank 2 exactly.
 
-    F_n = T_ref⁻ᵀ F T_src⁻¹ with the smallest singular value, which must be rounding of F's own dtype, set to
-    zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with e'₃ ≥ 0, in float64;
+    F_n = T_ref⁻ᵀ F T_src⁻¹, scaled to a largest singular value of 1; the smallest, which must be rounding of F's
+    own dtype, is set to zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with e'₃ ≥ 0, in float64;
     numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, rank 1 and rank 3.
     """
     if F.shape[-2:] != (3, 3) or F.ndim not in (2, 3) or 0 in F.shape:
         raise ValueError(f"F must be (3, 3) or (B, 3, 3), got {tuple(F.shape)}")
-    if not F.isfinite().all():
-        raise ValueError(f"F holds nan or inf: {F.tolist()}")
     rounding = math.sqrt(torch.finfo(F.dtype if F.is_floating_point() else torch.float64).eps)
     F = F.detach().double()
     F = F.numpy() if F.device.type == "cpu" else F
     xp = array_namespace(F)
+    if not xp.isfinite(F).all():
+        raise ValueError(f"F holds nan or inf: {F.tolist()}")
     U, S, Vh = xp.linalg.svd(_like(_pixels_from(out_shape), F).mT @ F @ _like(_pixels_from(shape), F))
     if (S[..., 0] == 0).any():
         raise ValueError("F is all zeros")

@@ -435,6 +435,15 @@ def test_one_pencil_serves_many_heatmaps_in_any_order():
     assert torch.equal(pencil.sum(random_maps(5, 8)), pencil.sum(random_maps(5, 8)))
 
 
+def test_one_pencil_serves_both_precisions():
+    _, pencil = small_pencil(PIXELS, 2, (5, 8), (7, 6), 1.1)
+    values = random_maps(2, 5, 8)
+    for _ in range(2):
+        double, single = pencil.sum(values), pencil.sum(values.float())
+        assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
+        torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_count_is_the_number_of_source_pixels_in_each_band(kind):
     shape, out_shape = (6, 9), (8, 7)
@@ -517,6 +526,7 @@ def test_the_soft_maximum_is_the_log_sum_exp_of_brute_force(kind, name, sharpnes
     v = values.flatten(-2).numpy()
     pencil = Pencil.from_fundamental(torch.from_numpy(F), shape, 0.83, out_shape)
     soft = pencil.max(values, sharpness).flatten(-2).numpy()
+    assert soft.dtype == v.dtype
     precision = 20 * torch.finfo(dtype).eps * (np.abs(v).max() + np.log(54) / sharpness)
     np.testing.assert_allclose(soft, brute_soft(v, bands, sharpness).astype(float), rtol=0, atol=precision)
     hard, count = brute_max(v, bands), bands.sum(-1)
