@@ -6,7 +6,6 @@ Points are (x, y); the centre of the top-left pixel is (0, 0), as in OpenCV.  Wo
 from __future__ import annotations
 
 import os
-import tempfile
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -243,9 +242,12 @@ def write_calib(path: str | os.PathLike, cameras: Iterable[Camera]) -> None:
     }
     tables["metadata"] = {"adjusted": False, "error": 0.0}
     path = Path(path)
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
-        tomli_w.dump(tables, file)
-    os.replace(file.name, path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(tomli_w.dumps(tables), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,9 +269,11 @@ class View:
     def crop(self, A: np.ndarray, size: tuple[int, int]) -> View:
         """The view cropped, scaled or rotated by x_new = A x: picture, camera and joints together."""
         camera = self.camera.crop(A, size)
+        shrinks = 1 / np.sqrt(abs(np.linalg.det(A[:2, :2])))
+        image = cv2.GaussianBlur(self.image, (0, 0), 0.4 * shrinks) if shrinks > 1.2 else self.image  # no aliasing
         return replace(
             self,
-            image=cv2.warpAffine(self.image, A[:2].astype(np.float64), camera.size, flags=cv2.INTER_AREA),
+            image=cv2.warpAffine(image, A[:2].astype(np.float64), camera.size, flags=cv2.INTER_LINEAR),
             camera=camera,
             joints=self.joints @ A[:2, :2].T + A[:2, 2],
         )

@@ -30,13 +30,13 @@ def find_fundamental(
     threshold: float = 1.0,
     confidence: float = 0.999,
     max_iterations: int = 10_000,
-    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """F from point correspondences, by OpenCV.
 
     method: "8point" (all points; H&Z Algorithm 11.1), "lmeds" (least median of squares), "ransac"
     (H&Z 11.6) or "magsac" (MAGSAC++, Barath et al., CVPR 2020).  threshold: px from point to line beyond which a
-    point is an outlier, for "ransac" and "magsac".  The same seed gives the same F.
+    point is an outlier, for "ransac" and "magsac".  OpenCV draws its samples alike each time: the same points
+    give the same F.
 
     x_src, x_ref: (N, 2) px, N ≥ 8.  Returns F (3, 3) of rank 2 and unit norm, and the inliers (N,) bool.
     Raises ValueError where no F follows from the points: too few, repeated, collinear, all on one plane
@@ -53,7 +53,6 @@ def find_fundamental(
             f"F needs at least 8 different correspondences, got {distinct} ({len(x_src)} with repetitions)"
         )
     _check_determined(x_src, x_ref, "the points")
-    cv2.setRNGSeed(seed)
     try:
         F, inliers = cv2.findFundamentalMat(x_src, x_ref, METHODS[method], threshold, confidence, max_iterations)
     except cv2.error as error:

@@ -52,7 +52,8 @@ class OriginalFusion(nn.Module):
     def forward(self, source: Tensor, reference: Tensor, F: Tensor | Pencil) -> Tensor:
         """Fuse heatmaps of two views: source (B, J, H, W), reference (B, J, H', W') → (B, J, H', W').
 
-        F: (3, 3) or (B, 3, 3) from source to reference heatmap pixels, or the `Pencil` made of it.
+        F: (3, 3) or (B, 3, 3) from source to reference heatmap pixels, or the `Pencil` made of it, whose own
+        threshold then counts.
         """
         return _add_ridge(self.convolve(source), reference, F, self.threshold, self.method, self.sigmoid)
 
@@ -89,6 +90,8 @@ def _add_ridge(
             f"source {tuple(weighed.shape)} and reference {tuple(reference.shape)} must agree but for H, W"
         )
     if isinstance(F, Pencil):
+        if F.out_shape != tuple(reference.shape[-2:]):
+            raise ValueError(f"the Pencil is for a reference of {F.out_shape}, got {tuple(reference.shape)}")
         ridge = F.sum(weighed)
     else:
         ridge = redirect(weighed, F, threshold, method, out_shape=tuple(reference.shape[-2:]))

@@ -418,7 +418,8 @@ def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[
     """
     if F.shape[-2:] != (3, 3) or F.ndim not in (2, 3) or 0 in F.shape:
         raise ValueError(f"F must be (3, 3) or (B, 3, 3), got {tuple(F.shape)}")
-    rounding = math.sqrt(torch.finfo(F.dtype if F.is_floating_point() else torch.float64).eps)
+    eps = torch.finfo(F.dtype if F.is_floating_point() else torch.float64).eps
+    rounding = max(math.sqrt(eps), 1e-6)  # a float64 may have been float32 before
     F = F.detach().double()
     F = F.numpy() if F.device.type == "cpu" else F
     xp = array_namespace(F)

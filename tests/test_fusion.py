@@ -211,3 +211,10 @@ def test_a_pencil_of_another_reference_size_is_refused():
     for module in modules():
         with pytest.raises((ValueError, RuntimeError)):
             module(source, reference, Pencil.from_fundamental(rig(0), SHAPE, 1.0))
+
+
+def test_a_pencil_for_another_size_of_the_reference_is_refused():
+    F = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    pencil = Pencil.from_fundamental(F, (6, 9), 1.0, (8, 7))
+    with pytest.raises(ValueError, match=r"Pencil is for a reference of \(8, 7\)"):
+        SimpleFusion()(torch.rand(1, 2, 6, 9), torch.rand(1, 2, 6, 9), pencil)
