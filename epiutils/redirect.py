@@ -129,9 +129,8 @@ class Pencil:
         if not sharpness > 0:
             raise ValueError(f"sharpness must be positive (inf: the maximum itself), got {sharpness}")
         v = self._flatten(values)
-        lowest = torch.finfo(v.dtype).min / 4
         if self.valid is not None:
-            v = v.masked_fill(~self.valid[:, None], lowest)
+            v = v.masked_fill(~self.valid[:, None], torch.finfo(v.dtype).min / 4)
         v = _take(v, self.order)
         lo, hi = self.lo, self.hi
         if self.wraps is not None:  # go round twice, so that every range is contiguous
@@ -413,8 +412,8 @@ def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[
     """F between coordinates that have the picture's centre as origin and its half-size as unit, of rank 2 exactly.
 
     F_n = T_ref⁻ᵀ F T_src⁻¹, scaled to a largest singular value of 1; the smallest, which must be rounding of F's
-    own dtype, is set to zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with e'₃ ≥ 0, in float64;
-    numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, rank 1 and rank 3.
+    own dtype, is set to zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with
+    e'₃ ≥ 0, in float64; numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, rank 1 and rank 3.
     """
     if F.shape[-2:] != (3, 3) or F.ndim not in (2, 3) or 0 in F.shape:
         raise ValueError(f"F must be (3, 3) or (B, 3, 3), got {tuple(F.shape)}")

@@ -17,6 +17,7 @@ from epiutils.epipolar import (
     epipoles,
     find_fundamental,
     fundamental_from_cameras,
+    heatmap_fundamental,
     homogeneous,
     point_line_distance,
     sampson_distance,
@@ -363,3 +364,11 @@ def test_eight_points_are_enough():
 def test_an_unknown_method_is_named_with_those_that_exist():
     with pytest.raises(ValueError, match="8point, lmeds, ransac, magsac, got 'usac'"):
         find_fundamental(*degenerate("nothing"), method="usac")
+
+
+def test_the_heatmaps_F_is_that_of_the_inputs_at_a_quarter_of_the_pixels():
+    src, ref = camera_pair(4)
+    F, X = heatmap_fundamental(src, ref), world_points(4)
+    x_src, x_ref = (np.c_[camera.project(X) / 4, np.ones(len(X))] for camera in (src, ref))
+    lines = x_src @ F.T
+    assert np.abs((lines * x_ref).sum(1) / np.linalg.norm(lines[:, :2], axis=1)).max() < 1e-9
