@@ -16,6 +16,8 @@ import numpy as np
 import tomli_w
 from scipy.spatial.transform import Rotation
 
+from epiutils.files import replacing
+
 
 @dataclass(frozen=True, eq=False)
 class Camera:
@@ -241,13 +243,8 @@ def write_calib(path: str | os.PathLike, cameras: Iterable[Camera]) -> None:
         for camera in cameras
     }
     tables["metadata"] = {"adjusted": False, "error": 0.0}
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         part.write_text(tomli_w.dumps(tables), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,17 +1,42 @@
-"""What the notebooks look at: the embedded people, or a recording of one's own, behind the same few names.
+"""What notebooks look at and what networks learn from: embedded people, recordings, and samples of several views.
 
-Both have `cameras`, `joints`, `bones`, `frames`, `views(frame)` and `detections` (V, T, J, 3).
+`Performance` and `Recording` have `cameras`, `joints`, `bones`, `frames`, `views(frame)` and `detections`
+(V, T, J, 3).  A `Benchmark` is a sequence of instants, each a list of Views, as Human3.6M's reader is; `MultiView`
+turns such a sequence into training samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import cv2
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
-from epiutils import people
-from epiutils.cameras import Camera, View
+from epiutils import people, raycast
+from epiutils.cameras import Camera, View, crop_affine
+from epiutils.epipolar import heatmap_fundamental
+from epiutils.files import replacing
+from epiutils.heatmaps import STRIDE, hrnet_targets
 from epiutils.recordings import Recording, read_recording
+
+CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"  # or the folder that EPIUTILS_CACHE names
+# Subjects, performances of each action, instants of each performance, first seed.  A performance has a seed of its
+# own, so room, light, furniture and clothes never repeat between performances, nor between training and test.
+SPLITS = {
+    "train": ((1,), 15, 4, 10_000),
+    "train-large": ((1, 5, 6, 7, 8), 30, 3, 20_000),
+    "test": ((9,), 10, 3, 30_000),
+    "test-large": ((9, 11), 10, 3, 30_000),
+}
 
 
 @dataclass(frozen=True)
@@ -54,3 +79,198 @@ class Performance:
 def open_dataset(recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0) -> Performance | Recording:
     """The recording in that folder, or an embedded person where the name is empty."""
     return read_recording(recording) if recording else Performance(subject, action, seed)
+
+
+@dataclass(frozen=True)
+class Instant:
+    """One instant of the embedded benchmark: the arguments of `people.scene`."""
+
+    subject: int
+    action: str
+    frame: int
+    seed: int
+
+
+def instants(split: str) -> list[Instant]:
+    """The instants of a split, in order; "test" is the beginning of "test-large"."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
+    subjects, performances, frames, first = SPLITS[split]
+    seeds = itertools.count(first)
+    return [
+        Instant(subject, action, 7 + 59 * k, seed)
+        for subject in subjects
+        for _ in range(performances)
+        for action, seed in zip(people.ACTIONS, seeds, strict=False)
+        for k in range(frames)
+    ]
+
+
+class Benchmark(Sequence):
+    """The embedded benchmark: a sequence of instants, each a list of four 256×256 Views, kept once rendered.
+
+    split: "train" (subject 1) and "test" (subject 9) as the original had them, 840 and 420 instants;
+    "train-large" (1, 5, 6, 7, 8) and "test-large" (9, 11), 6,300 and 840.  Pictures of training splits are kept as
+    JPEG of quality 95, those of test splits without loss.  What is missing is rendered when asked for; `prepare`
+    renders all of it at once.  cache: the folder; those of other versions of the renderer are not used.
+    """
+
+    def __init__(self, split: str = "test", cache: str | os.PathLike | None = None):
+        self.split, self.instants = split, instants(split)
+        source = b"".join(Path(module.__file__).read_bytes() for module in (people, raycast))
+        version = hashlib.sha256(source).hexdigest()[:12]
+        self.folder = Path(cache or os.environ.get("EPIUTILS_CACHE", CACHE)) / f"people-{version}"
+        self.lossless = split.startswith("test")
+
+    def __len__(self) -> int:
+        return len(self.instants)
+
+    def __getitem__(self, index: int) -> list[View]:
+        path = self._path(self.instants[index])
+        try:
+            return _read_views(path)
+        except FileNotFoundError:
+            views = people.scene(**vars(self.instants[index]))
+            _write_views(path, views, self.lossless)
+            return views if self.lossless else _read_views(path)
+
+    def prepare(self, workers: int | None = None, progress: bool = True) -> Benchmark:
+        """Render all that is missing, in parallel; can be stopped and taken up again."""
+        missing = [i for i, instant in enumerate(self.instants) if not self._path(instant).exists()]
+        workers = min(workers or os.cpu_count() or 1, max(1, len(missing) // 20))
+        bar = tqdm(total=len(missing), desc=f"rendering {self.split}", unit="scene", disable=not (progress and missing))
+        with bar:
+            if workers <= 1:
+                for i in missing:
+                    self[i]
+                    bar.update()
+                return self
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+                for _ in pool.map(self._render, missing, chunksize=6):
+                    bar.update()
+        return self
+
+    def _render(self, index: int) -> None:
+        self[index]
+
+    def _path(self, instant: Instant) -> Path:
+        kind = "png" if self.lossless else "jpg"
+        return self.folder / f"s{instant.subject:02d}_{instant.action}_{instant.seed}_{instant.frame:03d}_{kind}.npz"
+
+
+def _write_views(path: Path, views: list[View], lossless: bool) -> None:
+    kind, options = (".png", [cv2.IMWRITE_PNG_COMPRESSION, 1]) if lossless else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])
+    pictures = [cv2.imencode(kind, view.image[..., ::-1], options)[1] for view in views]
+    arrays = {field: np.stack([getattr(view.camera, field) for view in views]) for field in ("K", "R", "t")}
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(
+            file,
+            pictures=np.concatenate(pictures),
+            ends=np.cumsum([len(p) for p in pictures]),
+            names=np.array([view.camera.name for view in views]),
+            joints=np.stack([view.joints for view in views]),
+            joints_3d=views[0].joints_3d,
+            visible=np.stack([view.visible for view in views]),
+            **arrays,
+        )
+
+
+def _read_views(path: Path) -> list[View]:
+    with np.load(path) as data:
+        data = dict(data)
+    views = []
+    for v, picture in enumerate(np.split(data["pictures"], data["ends"][:-1])):
+        image = cv2.imdecode(picture, cv2.IMREAD_COLOR)[..., ::-1]
+        K, R, t = (data[field][v] for field in ("K", "R", "t"))
+        camera = Camera(K=K, R=R, t=t, size=image.shape[1::-1], name=str(data["names"][v]))
+        joints = data["joints"][v]
+        views.append(View(image, camera, joints, np.ones(len(joints)), data["joints_3d"], data["visible"][v]))
+    return views
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crops and colours; the crop goes into the camera, so that epipolar geometry stays exact.
+
+    scale: the crop's side changes by a factor of up to 1 ± scale.  rotation: about the view axis, up to ± degrees.
+    shift: of the centre, up to ± this part of the side.  colour: 0 to 1, how far channels are mixed and exposure,
+    contrast and gamma move.
+    """
+
+    scale: float = 0.2
+    rotation: float = 25.0
+    shift: float = 0.06
+    colour: float = 0.7
+
+    def __call__(self, view: View, rng: np.random.Generator, size: int = 256) -> View:
+        """The view cut anew to size × size px and recoloured."""
+        width, height = view.camera.size
+        side = max(width, height) * (1 + rng.uniform(-self.scale, self.scale))
+        centre = np.array((width, height)) / 2 + rng.uniform(-self.shift, self.shift, 2) * side
+        angle = np.radians(rng.uniform(-self.rotation, self.rotation))
+        view = view.crop(crop_affine(centre, side, (size, size), angle), (size, size))
+        return replace(view, image=self._recolour(view.image, rng))
+
+    def _recolour(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        mix = rng.dirichlet((0.6, 0.6, 0.6), 3)  # each new channel is a mean of the old ones
+        mix = (1 - self.colour) * np.eye(3) + self.colour * mix[:, rng.permutation(3)]
+        gain = np.exp(rng.uniform(-0.35, 0.35) + rng.uniform(-0.2, 0.2, 3)) ** self.colour
+        offset, gamma = self.colour * rng.uniform(-25, 25), np.exp(self.colour * rng.uniform(-0.35, 0.35))
+        table = 255 * np.linspace(0, 1, 256) ** gamma
+        return cv2.LUT(cv2.transform(image, np.column_stack([gain[:, None] * mix, [offset] * 3])), np.uint8(table))
+
+
+class MultiView(torch.utils.data.Dataset):
+    """Samples for training: the views of one instant together.
+
+    scenes: a sequence of lists of Views, their pictures cut around the person: a `Benchmark`, `Human36M`, or a list.
+    augmentation: none by default.  size: side of the network's input in px.  seed: a sample's random
+    numbers come from (seed, epoch, index) alone, whichever process asks for it; `data[index]` is of epoch 0.
+
+    A sample is a dict of tensors: image (V, size, size, 3) uint8, see `hrnet.normalise`; target (V, J, h, w) and
+    weight (V, J), see `hrnet_targets`; joints (V, J, 2) px of the input; visible (V, J) bool, in the picture and
+    not hidden; joints_3d (J, 3) metres; K, R (V, 3, 3) and t (V, 3) of the cameras after crop and augmentation;
+    F (V, V, 3, 3), F[s, r] from heatmap pixels of view s to those of view r, float64, zeros where s = r.
+    """
+
+    def __init__(self, scenes: Sequence[list[View]], augmentation: Augmentation | None = None, size=256, seed: int = 0):
+        self.scenes, self.augmentation, self.size, self.seed = scenes, augmentation, size, seed
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
+        """The sample as it is augmented in that epoch."""
+        views = self.scenes[index]
+        if self.augmentation:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            views = [self.augmentation(view, rng, self.size) for view in views]
+        elif views[0].camera.size != (self.size, self.size):
+            views = [view.crop(_scaling(view, self.size), (self.size, self.size)) for view in views]
+        joints = np.stack([view.joints for view in views])
+        inside = ((joints > -0.5) & (joints < self.size - 0.5)).all(-1)
+        visible = np.stack([np.ones(len(v.joints), bool) if v.visible is None else v.visible for v in views])
+        target, weight = hrnet_targets(torch.from_numpy(joints), (self.size // STRIDE,) * 2)
+        F = np.zeros((len(views), len(views), 3, 3))
+        for s, r in itertools.permutations(range(len(views)), 2):
+            F[s, r] = heatmap_fundamental(views[s].camera, views[r].camera)
+        return {
+            "image": torch.from_numpy(np.stack([view.image for view in views])),
+            "target": target,
+            "weight": weight,
+            "joints": torch.from_numpy(joints),
+            "visible": torch.from_numpy(visible & inside),
+            "joints_3d": torch.from_numpy(np.array(views[0].joints_3d)),
+            **{k: torch.from_numpy(np.stack([getattr(view.camera, k) for view in views])) for k in ("K", "R", "t")},
+            "F": torch.from_numpy(F),
+        }
+
+
+def _scaling(view: View, size: int) -> np.ndarray:
+    """The whole picture, its longer side made `size`, as HRNet's crop places it."""
+    width, height = view.camera.size
+    return crop_affine((width / 2, height / 2), max(width, height), (size, size))

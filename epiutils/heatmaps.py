@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STRIDE = 4
 HEATMAP_FROM_INPUT = np.diag([1 / STRIDE, 1 / STRIDE, 1.0])  # (3, 3) affine for Camera.crop and epipolar.transfer
@@ -33,6 +33,30 @@ def render(points: Tensor, shape: tuple[int, int], sigma: float = 2.0, peak: Ten
     peak = torch.as_tensor(peak, dtype=points.dtype, device=points.device)
     maps = peak[..., None, None] * gy[..., :, None] * gx[..., None, :]
     return torch.nan_to_num(maps, nan=0.0)
+
+
+def hrnet_targets(joints: Tensor, shape: tuple[int, int], sigma: float = 2.0) -> tuple[Tensor, Tensor]:
+    """HRNet's training targets: a Gaussian cut to 13×13 px around the rounded joint, its peak 1 (σ = 2).
+
+    The centre is μ = int(x / 4 + 0.5) (truncated towards zero, as there); the window reaches 3 σ each way.  The
+    weight is 0 and the map empty where the joint is nan or its window lies wholly outside the map (HRNet's test
+    lets one pixel more pass on the left and the top: an empty map with weight 1).
+
+    joints: (..., J, 2) px of the network's input.  shape: (H, W) of the map.
+    Returns float32 targets (..., J, H, W) and weights (..., J).
+    """
+    height, width = shape
+    known = torch.isfinite(joints).all(-1)
+    mu = torch.trunc(torch.nan_to_num(joints) / STRIDE + 0.5)  # (..., J, 2)
+    reach = 3 * sigma
+    size = torch.tensor([width, height], dtype=mu.dtype, device=mu.device)
+    weight = known & ((mu + reach + 1 >= 0) & (mu - reach < size)).all(-1)
+    gauss = []
+    for axis, count in ((0, width), (1, height)):
+        d = torch.arange(count, dtype=mu.dtype, device=mu.device) - mu[..., axis, None]
+        gauss.append(torch.where(d.abs() <= reach, torch.exp(-(d**2) / (2 * sigma**2)), 0.0).float())
+    target = gauss[1][..., :, None] * gauss[0][..., None, :] * weight[..., None, None]
+    return target, weight.float()
 
 
 def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
@@ -77,6 +101,28 @@ def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
     safe = torch.where(peaked, det, torch.ones_like(det))
     shift = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / safe[..., None]
     return points + torch.where(peaked[..., None], shift, torch.zeros_like(shift)), peak
+
+
+def joints_mse(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """HRNet's JointsMSELoss: the mean over joints of ½ · MSE(w · output, w · target).
+
+    output, target: (..., J, H, W).  weight: (..., J).  Returns a scalar.
+    """
+    w = weight[..., None, None]
+    return 0.5 * nn.functional.mse_loss(output * w, target * w)
+
+
+def position_cross_entropy(output: Tensor, target: Tensor, weight: Tensor, sharpness: float = 10.0) -> Tensor:
+    """Cross-entropy between pixel distributions: −Σ q log p, p = softmax(β output), q = softmax(β target).
+
+    Smallest where output = target + constant, so it agrees with the MSE where that reaches zero, but unlike the
+    MSE it has no plateau at the all-zero map.  sharpness: β.  Less q's own entropy, so that the least is 0;
+    averaged over the joints with weight > 0.  Shapes as in `joints_mse`.
+    """
+    log_p = nn.functional.log_softmax(sharpness * output.float().flatten(-2), -1)  # (..., J, H·W)
+    log_q = nn.functional.log_softmax(sharpness * target.float().flatten(-2), -1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (divergence * weight).sum() / weight.sum().clamp_min(1)
 
 
 def _hrnet_points(heatmaps: np.ndarray) -> np.ndarray:

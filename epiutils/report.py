@@ -17,10 +17,10 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
+
+from epiutils.files import replacing
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -77,7 +77,7 @@ def record_figure(name: str, figure, caption: str = ""):
         if large and kind == "svg":
             path.unlink(missing_ok=True)
             continue
-        with _replacing(path) as part:
+        with replacing(path) as part:
             if large:
                 Image.open(buffer).convert("RGB").quantize(256).save(part, "png", optimize=True)
             else:
@@ -100,23 +100,9 @@ def _hand_over(kind: str, name: str, value) -> Path | None:
     return folder
 
 
-@contextmanager
-def _replacing(path: Path):
-    """A temporary file that takes a path's place when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def write(path: Path, text: str) -> None:
     """Write a text file at once: a reader sees the old one or the new one, never a half."""
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(text, "utf-8")
 
 

@@ -1,0 +1,428 @@
+"""One loop for every experiment: seeded batches, AdamW, a schedule, clipping, and files from which it goes on.
+
+`train` is what notebooks call; `python -m epiutils.training --help` trains HRNet on the benchmark or Human3.6M.
+Everything that is random in step k follows from (seed, k): a run that was killed and taken up again ends with the
+weights of an unbroken one, and several processes (`accelerate launch`) do what one does with the same batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from epiutils.dataset import SPLITS, Augmentation, Benchmark, MultiView
+from epiutils.files import replacing
+from epiutils.heatmaps import accuracy, joints_mse, pck, position_cross_entropy
+from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
+
+Loss = Callable[[nn.Module, dict[str, Tensor], float], Tensor]
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    data: torch.utils.data.Dataset,
+    out: str | os.PathLike | None = None,
+    *,
+    steps: int,
+    batch: int = 4,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-4,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    clip: float = 0.0,
+    every: int = 0,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    log: Callable[[nn.Module], dict[str, float]] | None = None,
+    stop: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    precision: str = "no",
+    progress: bool = True,
+) -> tuple[list[dict], list[dict]]:
+    """Train the parameters of `model` that require a gradient, in place, and return what was measured.
+
+    loss(model, batch, done): a scalar, the mean over the batch; done is the share of the steps behind, 0 to 1.
+    data: a Dataset of dicts of tensors; one with `sample(index, epoch)` is asked for that.  batch: samples a step,
+    over all processes together.  schedule: "cosine" to 0, or "constant", after `warmup` steps from 0.  clip: the
+    largest gradient norm, 0 for any.  every: steps between two rows of measurements and two checkpoints, by
+    default one pass over the data.  validate(model) and log(model), after each backward pass, add columns.
+    stop: end before that step, with the schedule of all `steps`.  workers: processes that load.
+    precision: "no", "bf16" or "fp16".
+
+    out: a folder for `checkpoint.pt`, `epochs.csv` and `steps.csv`; where it holds a checkpoint of the same
+    settings, training goes on from it.  Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
+    Returns the rows of `epochs.csv` and of `steps.csv`: dicts with "step", "loss", "lr", "gradient_norm", …
+    Raises ValueError where settings are wrong or differ from the checkpoint's, FloatingPointError at a loss that
+    is not finite.
+    """
+    accelerator = Accelerator(mixed_precision=precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    every = every or math.ceil(len(data) / batch)
+    if schedule not in ("cosine", "constant") or batch % world or min(steps, batch, every, len(data)) < 1:
+        raise ValueError(
+            f'schedule must be "cosine" or "constant", got {schedule!r}; batch a multiple of the {world} processes, '
+            f"got {batch}; steps, every and the {len(data)} samples at least 1, got {steps} and {every}"
+        )
+    set_seed(seed)
+    if world > 1:
+        model = synchronised(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    warm = lambda step: min(1.0, (step + 1) / max(1, warmup))
+    fall = lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if schedule == "cosine" else 1.0
+    settings = {"samples": len(data), "steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay,
+                "warmup": warmup, "schedule": schedule, "clip": clip, "every": every, "seed": seed}  # fmt: skip
+    out = None if out is None else Path(out)
+    done, epochs, rows = _take_up(out, settings, model, optimizer)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    last = min(steps, stop or steps)
+    loader = torch.utils.data.DataLoader(
+        _Asked(data),
+        batch_sampler=[b[rank::world] for b in itertools.islice(_batches(len(data), batch, seed), done, last)],
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    def save() -> None:
+        if out is not None and accelerator.is_main_process:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            _save(out, state | {"settings": settings, "step": done, "epochs": epochs, "rows": rows})
+
+    bar = tqdm(initial=done * batch, total=last * batch, desc="training", unit="sample", unit_scale=True,
+               disable=not (progress and accelerator.is_main_process))  # fmt: skip
+    started, pending = time.perf_counter(), []
+    with _interruptible() as interrupted, bar:
+        for samples in loader:
+            samples = {key: value.to(accelerator.device, non_blocking=True) for key, value in samples.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warm(done) * fall(done)
+            with accelerator.autocast():
+                value = loss(wrapped, samples, done / steps)
+            accelerator.backward(value)
+            norm = accelerator.clip_grad_norm_(parameters, clip or math.inf)
+            extra = log(model) if log else {}
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            pending.append((done, value.detach(), group["lr"], norm, extra))
+            bar.update(batch)
+            ends = done % every == 0 or done == last
+            stopping = _anywhere(interrupted, accelerator)
+            if ends or stopping:
+                rows += _measured(pending, accelerator)
+                pending.clear()
+            if ends:
+                seconds = time.perf_counter() - started
+                recent = [row["loss"] for row in rows if row["step"] > done - every]
+                row = {"step": done, "epoch": done * batch / len(data), "loss": sum(recent) / len(recent)}
+                row |= {"lr": group["lr"], "seconds": seconds, "samples_per_second": every * batch / seconds}
+                row |= validate(model) if validate and accelerator.is_main_process else {}
+                epochs.append(row)
+                bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "accuracy") if k in row})
+                started = time.perf_counter()
+            if ends or stopping:
+                save()
+                accelerator.wait_for_everyone()
+            if stopping:
+                raise KeyboardInterrupt(f"stopped after step {done} of {steps}" + (f"; {out} goes on" if out else ""))
+    return epochs, rows
+
+
+class _Asked(torch.utils.data.Dataset):
+    """A dataset that is asked for (epoch, index)."""
+
+    def __init__(self, data: torch.utils.data.Dataset):
+        self.data = data
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = at
+        return self.data.sample(index, epoch) if hasattr(self.data, "sample") else self.data[index]
+
+
+def _batches(samples: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (epoch, index) for ever: one permutation of all samples after the other, cut into pieces."""
+    order = (
+        (epoch, int(index))
+        for epoch in itertools.count()
+        for index in np.random.default_rng((seed, epoch)).permutation(samples)
+    )
+    while True:
+        yield list(itertools.islice(order, batch))
+
+
+def _measured(pending: list[tuple], accelerator: Accelerator) -> list[dict]:
+    """Rows of `steps.csv`; the losses of all processes averaged.  The device is waited for here only."""
+    if not pending:
+        return []
+    steps, losses, lrs, norms, extras = zip(*pending, strict=True)
+    losses = accelerator.reduce(torch.stack(losses).float(), "mean").tolist()
+    norms = torch.stack([torch.as_tensor(n) for n in norms]).float().tolist()
+    rows = [
+        {"step": step, "loss": value, "lr": lr, "gradient_norm": norm, **{k: float(v) for k, v in extra.items()}}
+        for step, value, lr, norm, extra in zip(steps, losses, lrs, norms, extras, strict=True)
+    ]
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"the loss is {row['loss']} at step {row['step']}: a lower lr, or clip, may help")
+    return rows
+
+
+def _take_up(out: Path | None, settings: dict, model: nn.Module, optimizer) -> tuple[int, list, list]:
+    """Load the checkpoint of `out` where there is one; steps done and the rows measured."""
+    path = out and out / "checkpoint.pt"
+    if path is None or not path.exists():
+        return 0, [], []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    differs = [
+        f"{k} was {state['settings'].get(k)}, is {v}" for k, v in settings.items() if state["settings"].get(k) != v
+    ]
+    if differs:
+        raise ValueError(f"{path} is of another run ({'; '.join(differs)}): give another folder, or remove it")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["epochs"], state["rows"]
+
+
+def _save(out: Path, state: dict) -> None:
+    with replacing(out / "checkpoint.pt") as part:
+        torch.save(state, part)
+    for name, rows in (("epochs", state["epochs"]), ("steps", state["rows"])):
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        with replacing(out / f"{name}.csv") as part:
+            part.write_text(text.getvalue(), "utf-8")
+
+
+@contextmanager
+def _interruptible() -> Iterator[list]:
+    """A list that is no longer empty once Ctrl-C or SIGTERM came; a second one acts at once."""
+    seen = []
+
+    def handle(number, frame):
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = [(s, signal.signal(s, handle)) for s in (signal.SIGINT, signal.SIGTERM)]
+    except ValueError:  # only the main thread may
+        before = []
+    try:
+        yield seen
+    finally:
+        for s, handler in before:
+            signal.signal(s, handler)
+
+
+def _anywhere(interrupted: list, accelerator: Accelerator) -> bool:
+    """Whether any of the processes is to stop: all must after the same step."""
+    if accelerator.num_processes == 1:
+        return bool(interrupted)
+    flag = torch.tensor(float(bool(interrupted)), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+# Batch normalisation over all processes
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor; so is its gradient (the losses add up too)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the batch of all processes, on any device.
+
+    `torch.nn.SyncBatchNorm` does the same on GPUs only.  Variance as E[(x − E x)²] in two sums, for accuracy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.numel() / x.shape[1] * torch.distributed.get_world_size()
+        mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / n  # (C,)
+        centred = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with each BatchNorm2d, in place, made a `GlobalBatchNorm2d`: the same parameters and keys."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
+    return model
+
+
+# HRNet
+
+
+def pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+    """HRNet's JointsMSE, and a cross-entropy over positions whose weight falls to zero as the training goes on.
+
+    The MSE alone, from scratch, rests on all-zero maps for hundreds of steps; the cross-entropy leaves them at
+    once and has its least value at the same maps.
+    """
+    output = network(normalise(batch["image"]))  # (B·V, J, h, w)
+    target, weight = batch["target"].flatten(0, 1), batch["weight"].flatten(0, 1)
+    fades = 0.5 * (1 + math.cos(math.pi * done))
+    return 100 * joints_mse(output, target, weight) + 0.5 * fades * position_cross_entropy(output, target, weight)
+
+
+@torch.no_grad()
+def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 0, progress: bool = False) -> dict:
+    """Heatmaps of a whole dataset by a network in evaluation mode, and all of its samples but the pictures.
+
+    Returns output (N, V, J, h, w) float32 and the stacked tensors of `MultiView`'s samples, on the CPU.
+    """
+    device, training = next(network.parameters()).device, network.training
+    network.eval()
+    loader = torch.utils.data.DataLoader(
+        data, batch, num_workers=workers, multiprocessing_context="spawn" if workers else None
+    )
+    parts = []
+    for samples in tqdm(loader, desc="predicting", unit="batch", disable=not progress):
+        images = samples.pop("image")
+        samples["output"] = network(normalise(images.to(device))).float().cpu().unflatten(0, images.shape[:2])
+        parts.append(samples)
+    network.train(training)
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def scores(predicted: dict) -> dict[str, float]:
+    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints; of what `predict` returns."""
+    output, target, visible = (predicted[key].flatten(0, 1) for key in ("output", "target", "visible"))
+    hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
+    return {
+        "accuracy": accuracy(output, target),
+        "pck": pck(output, target),
+        "pck_visible": pck(output, seen),
+        "pck_occluded": pck(output, hidden),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train HRNet and write its weights, with their provenance, beside the checkpoint and the tables."""
+    parser = argparse.ArgumentParser(prog="python -m epiutils.training", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a stopped run goes on from it")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="what to train on (default: %(default)s)")
+    parser.add_argument("--human36m", type=Path, help="folder of Human3.6M, in place of the benchmark")
+    parser.add_argument("--network", choices=("slim", "w32", "w48"), default="slim")
+    parser.add_argument("--init", type=Path, help="weights to begin with")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures in px (default: %(default)s)")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stop", type=int, help="end before this step, with the schedule of all steps")
+    parser.add_argument("--batch", type=int, default=4, help="instants of all views a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=50, help="steps (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=0, help="steps between validations and checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that load (default: %(default)s)")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    chosen = parser.parse_args(arguments)
+    torch.manual_seed(chosen.seed)
+    settings = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}[chosen.network]
+    network = load_checkpoint(chosen.init) if chosen.init else PoseHRNet(**settings)
+    network = network.train().to(memory_format=torch.channels_last)
+    scenes, test = _scenes(chosen)
+    data = MultiView(scenes, Augmentation(), chosen.size, chosen.seed)
+    few = MultiView([test[i] for i in range(0, len(test), max(1, len(test) // 48))], size=chosen.size)
+    try:
+        _, rows = train(
+            network, pose_loss, data, chosen.out, steps=chosen.steps, stop=chosen.stop, batch=chosen.batch, lr=chosen.lr,
+            warmup=chosen.warmup, clip=1.0, every=chosen.every, seed=chosen.seed, workers=chosen.workers,
+            precision=chosen.precision, validate=lambda network: scores(predict(network, few)),
+        )  # fmt: skip
+    except KeyboardInterrupt as stopped:
+        print(stopped)
+        return 130
+    if Accelerator().is_main_process:
+        measured = scores(predict(network, MultiView(test, size=chosen.size), progress=True))
+        print({key: round(value, 4) for key, value in measured.items()})
+        save_checkpoint(chosen.out / "weights.safetensors", network, **_provenance(chosen, measured, rows))
+    return 0
+
+
+def _scenes(chosen: argparse.Namespace) -> tuple:
+    """What to train on and what to test on."""
+    if chosen.human36m:
+        from epiutils.human36m import Human36M
+
+        return Human36M(chosen.human36m, "train"), Human36M(chosen.human36m, "test")
+    main_process = Accelerator().is_main_process
+    with Accelerator().main_process_first():
+        return tuple(Benchmark(s).prepare(progress=main_process) for s in (chosen.split, "test"))
+
+
+def _provenance(chosen: argparse.Namespace, measured: dict, rows: list[dict]) -> dict:
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    shown = {k: v for k, v in vars(chosen).items() if v not in (None, 0, False) and k != "out"}
+    return {
+        "command": "python -m epiutils.training " + " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in shown.items()),
+        "begun_with": provenance(chosen.init) if chosen.init else None,
+        "commit": git.stdout.strip() or None,
+        "seed": chosen.seed,
+        "data": str(chosen.human36m.name if chosen.human36m else f"embedded benchmark, {chosen.split}"),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "losses": [row["loss"] for row in rows[:50]],
+        "test": measured,
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
