@@ -38,10 +38,10 @@ class Camera:
 
     def __post_init__(self):
         K = self._array("K", (3, 3))
-        if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.allclose(K[2], (0, 0, 1)):
+        if np.linalg.det(K[:2, :2]) <= 0 or np.abs(K[2] - (0, 0, 1)).max() > 1e-8:  # a crop may have rotated it
             raise ValueError(f"{self.name}: K needs positive focal lengths and the last row (0, 0, 1), got\n{K}")
         R = self._array("R", (3, 3))
-        if not np.allclose(R @ R.T, np.eye(3), atol=1e-6) or np.linalg.det(R) < 0:
+        if np.abs(R @ R.T - np.eye(3)).max() > 1e-6 or np.linalg.det(R) < 0:
             raise ValueError(f"{self.name}: R is not a rotation (R Rᵀ = I, det R = 1), got\n{R}")
         self._array("t", (3,))
         coefficients = np.ravel(np.asarray(self.distortion, dtype=float))

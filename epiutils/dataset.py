@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -129,6 +130,8 @@ class Benchmark(Sequence):
         path = self._path(self.instants[index])
         try:
             return _read_views(path)
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: remove it, and it is rendered anew ({error})") from error
         except FileNotFoundError:
             views = people.scene(**vars(self.instants[index]))
             _write_views(path, views, self.lossless)
@@ -137,7 +140,7 @@ class Benchmark(Sequence):
     def prepare(self, workers: int | None = None, progress: bool = True) -> Benchmark:
         """Render all that is missing, in parallel; can be stopped and taken up again."""
         missing = [i for i, instant in enumerate(self.instants) if not self._path(instant).exists()]
-        workers = min(workers or os.cpu_count() or 1, max(1, len(missing) // 20))
+        workers = min(workers or os.cpu_count() or 1, max(1, len(missing) // 10))
         bar = tqdm(total=len(missing), desc=f"rendering {self.split}", unit="scene", disable=not (progress and missing))
         with bar:
             if workers <= 1:
@@ -177,11 +180,11 @@ def _write_views(path: Path, views: list[View], lossless: bool) -> None:
 
 
 def _read_views(path: Path) -> list[View]:
-    with np.load(path) as data:
+    with path.open("rb") as file, np.load(file) as data:
         data = dict(data)
     views = []
     for v, picture in enumerate(np.split(data["pictures"], data["ends"][:-1])):
-        image = cv2.imdecode(picture, cv2.IMREAD_COLOR)[..., ::-1]
+        image = cv2.imdecode(picture, cv2.IMREAD_COLOR_RGB)
         K, R, t = (data[field][v] for field in ("K", "R", "t"))
         camera = Camera(K=K, R=R, t=t, size=image.shape[1::-1], name=str(data["names"][v]))
         joints = data["joints"][v]
@@ -256,8 +259,9 @@ class MultiView(torch.utils.data.Dataset):
         visible = np.stack([np.ones(len(v.joints), bool) if v.visible is None else v.visible for v in views])
         target, weight = hrnet_targets(torch.from_numpy(joints), (self.size // STRIDE,) * 2)
         F = np.zeros((len(views), len(views), 3, 3))
-        for s, r in itertools.permutations(range(len(views)), 2):
+        for s, r in itertools.combinations(range(len(views)), 2):
             F[s, r] = heatmap_fundamental(views[s].camera, views[r].camera)
+            F[r, s] = F[s, r].T
         return {
             "image": torch.from_numpy(np.stack([view.image for view in views])),
             "target": target,

@@ -55,7 +55,7 @@ def hrnet_targets(joints: Tensor, shape: tuple[int, int], sigma: float = 2.0) ->
     for axis, count in ((0, width), (1, height)):
         d = torch.arange(count, dtype=mu.dtype, device=mu.device) - mu[..., axis, None]
         gauss.append(torch.where(d.abs() <= reach, torch.exp(-(d**2) / (2 * sigma**2)), 0.0).float())
-    target = gauss[1][..., :, None] * gauss[0][..., None, :] * weight[..., None, None]
+    target = (gauss[1] * weight[..., None])[..., :, None] * gauss[0][..., None, :]  # (..., J, H, W)
     return target, weight.float()
 
 

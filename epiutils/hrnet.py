@@ -30,7 +30,8 @@ def normalise(images: Tensor | np.ndarray) -> Tensor:
 
     images: (..., H, W, 3) uint8.  Returns (N, 3, H, W) float32 in channels-last memory, leading dimensions merged.
     """
-    images = torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images)  # copied: views do too
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(np.array(images))  # a copy: PyTorch takes no view such as bgr[..., ::-1]
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-1] != 3:
         raise ValueError(f"images must be (..., H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
     mean, deviation = (255 * torch.tensor(IMAGENET[k], device=images.device) for k in ("mean", "deviation"))
@@ -244,7 +245,7 @@ def _official_state(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds {refused[1]}, which is not run" if refused else "it is cut short, or no file of PyTorch's"
+        why = f"it asks for {refused[1]}, which is not run" if refused else "it is cut short, or no file of PyTorch's"
         raise ValueError(f"{path} cannot be read as weights: {why}") from error
     for key in ("best_state_dict", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
@@ -260,7 +261,7 @@ def _check(path: Path, state: dict[str, Tensor], settings: dict) -> None:
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in PoseHRNet(**settings).state_dict().items()}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: no PoseHRNet has the settings {settings}: {error}") from error
+        raise ValueError(f"{path} does not tell of a PoseHRNet: {error}") from error
     found = {key: () for key in expected if key.endswith("num_batches_tracked")}  # PyTorch before 0.4.1 had none
     found |= {key: tuple(value.shape) for key, value in state.items()}
     wrong = [f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'no such key')}"

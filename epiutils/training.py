@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -84,7 +84,6 @@ def train(
             f'schedule must be "cosine" or "constant", got {schedule!r}; batch a multiple of the {world} processes, '
             f"got {batch}; steps, every and the {len(data)} samples at least 1, got {steps} and {every}"
         )
-    set_seed(seed)
     if world > 1:
         model = synchronised(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,15 +93,15 @@ def train(
     settings = {"samples": len(data), "steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay,
                 "warmup": warmup, "schedule": schedule, "clip": clip, "every": every, "seed": seed}  # fmt: skip
     out = None if out is None else Path(out)
-    done, epochs, rows = _take_up(out, settings, model, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    done, epochs, rows = _take_up(out, settings, model, optimizer)
     last = min(steps, stop or steps)
     loader = torch.utils.data.DataLoader(
         _Asked(data),
         batch_sampler=[b[rank::world] for b in itertools.islice(_batches(len(data), batch, seed), done, last)],
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
-        persistent_workers=workers > 0,
+        worker_init_fn=_begin_worker,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -113,7 +112,7 @@ def train(
 
     bar = tqdm(initial=done * batch, total=last * batch, desc="training", unit="sample", unit_scale=True,
                disable=not (progress and accelerator.is_main_process))  # fmt: skip
-    started, pending = time.perf_counter(), []
+    started, here, pending = time.perf_counter(), 0, []
     with _interruptible() as interrupted, bar:
         for samples in loader:
             samples = {key: value.to(accelerator.device, non_blocking=True) for key, value in samples.items()}
@@ -126,7 +125,7 @@ def train(
             extra = log(model) if log else {}
             optimizer.step()
             optimizer.zero_grad()
-            done += 1
+            done, here = done + 1, here + 1
             pending.append((done, value.detach(), group["lr"], norm, extra))
             bar.update(batch)
             ends = done % every == 0 or done == last
@@ -136,13 +135,14 @@ def train(
                 pending.clear()
             if ends:
                 seconds = time.perf_counter() - started
-                recent = [row["loss"] for row in rows if row["step"] > done - every]
+                since = epochs[-1]["step"] if epochs else 0
+                recent = [row["loss"] for row in rows[since:]]
                 row = {"step": done, "epoch": done * batch / len(data), "loss": sum(recent) / len(recent)}
-                row |= {"lr": group["lr"], "seconds": seconds, "samples_per_second": every * batch / seconds}
+                row |= {"lr": group["lr"], "seconds": seconds, "samples_per_second": here * batch / seconds}
                 row |= validate(model) if validate and accelerator.is_main_process else {}
                 epochs.append(row)
                 bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "accuracy") if k in row})
-                started = time.perf_counter()
+                started, here = time.perf_counter(), 0
             if ends or stopping:
                 save()
                 accelerator.wait_for_everyone()
@@ -160,6 +160,12 @@ class _Asked(torch.utils.data.Dataset):
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = at
         return self.data.sample(index, epoch) if hasattr(self.data, "sample") else self.data[index]
+
+
+def _begin_worker(_: int) -> None:
+    """Ctrl-C is for the process that trains; and one thread each, as there are several."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
 
 
 def _batches(samples: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs import random_maps
 
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, STRIDE, accuracy, decode, pck, render
+from epiutils.heatmaps import (
+    HEATMAP_FROM_INPUT,
+    STRIDE,
+    accuracy,
+    decode,
+    hrnet_targets,
+    joints_mse,
+    pck,
+    position_cross_entropy,
+    render,
+)
 
 SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 
@@ -337,3 +347,95 @@ def test_heatmap_pixel_i_lies_at_input_pixel_4_i():
     np.testing.assert_array_equal(HEATMAP_FROM_INPUT @ (4 * 7, 4 * 11, 1), (7, 11, 1))
     with pytest.raises(ValueError, match="read-only"):
         HEATMAP_FROM_INPUT[0, 0] = 1
+
+
+# ---------------------------------------------------------------- HRNet's targets and loss, written out as they are
+
+
+def hrnet_target(joints, visible, shape, sigma=2):
+    """lib/dataset/JointsDataset.py, generate_target."""
+    height, width = shape
+    weight = visible.astype(np.float32)
+    target = np.zeros((len(joints), height, width), np.float32)
+    reach = sigma * 3
+    for j in range(len(joints)):
+        mu_x, mu_y = int(joints[j, 0] / 4 + 0.5), int(joints[j, 1] / 4 + 0.5)
+        ul, br = [mu_x - reach, mu_y - reach], [mu_x + reach + 1, mu_y + reach + 1]
+        if ul[0] >= width or ul[1] >= height or br[0] < 0 or br[1] < 0:
+            weight[j] = 0
+            continue
+        size = 2 * reach + 1
+        x = np.arange(0, size, 1, np.float32)
+        g = np.exp(-((x - size // 2) ** 2 + (x[:, None] - size // 2) ** 2) / (2 * sigma**2))
+        g_x, g_y = (max(0, -ul[0]), min(br[0], width) - ul[0]), (max(0, -ul[1]), min(br[1], height) - ul[1])
+        i_x, i_y = (max(0, ul[0]), min(br[0], width)), (max(0, ul[1]), min(br[1], height))
+        if weight[j] > 0.5:
+            target[j, i_y[0] : i_y[1], i_x[0] : i_x[1]] = g[g_y[0] : g_y[1], g_x[0] : g_x[1]]
+    return target, weight
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_targets_are_hrnets(shape, seed):
+    rng = np.random.default_rng(seed)
+    joints = rng.uniform(-60, 4 * max(shape) + 60, (200, 2))
+    joints[:60] = np.round(joints[:60] / 2) * 2  # halves of a heatmap pixel, where rounding decides
+    joints[60:90, 0] = rng.choice([-32, -30, -28, -26, -24, -2, 0, 4 * shape[1], 4 * shape[1] + 22], 30)
+    target, weight = hrnet_targets(torch.from_numpy(joints), shape)
+    expected, expected_weight = hrnet_target(joints, np.ones(200), shape)
+    np.testing.assert_array_equal(weight, expected_weight)
+    np.testing.assert_allclose(target, expected, rtol=0, atol=1e-7)
+    assert target.dtype == torch.float32 and 0 < expected_weight.mean() < 1
+
+
+def test_targets_of_unknown_joints_and_leading_dimensions():
+    joints = torch.tensor([[[40.0, 80.0], [math.nan, 8.0]], [[100.0, 20.0], [8.0, math.inf]]])
+    target, weight = hrnet_targets(joints, (30, 50))
+    assert weight.tolist() == [[1, 0], [1, 0]]
+    assert target.shape == (2, 2, 30, 50) and not target[:, 1].any()
+    assert target[0, 0].argmax() == 20 * 50 + 10 and target[1, 0].argmax() == 5 * 50 + 25
+
+
+def test_the_loss_is_hrnets():
+    """lib/core/loss.py: for each joint half the MSE of the weighed maps, then the mean over joints."""
+    rng = np.random.default_rng(0)
+    output, target = (torch.from_numpy(rng.uniform(0, 1, (3, 5, 8, 6))) for _ in range(2))
+    weight = torch.tensor(rng.integers(0, 2, (3, 5)), dtype=torch.float64)
+    expected = 0.0
+    for j in range(5):
+        a, b = (m[:, j].reshape(3, -1) * weight[:, j, None] for m in (output, target))
+        expected += 0.5 * ((a - b) ** 2).mean().item()
+    assert joints_mse(output, target, weight).item() == pytest.approx(expected / 5, rel=1e-12)
+
+
+def test_all_zero_maps_cost_what_the_target_holds():
+    target, weight = hrnet_targets(torch.tensor([[[128.0, 128.0]]]), (64, 64))
+    assert joints_mse(torch.zeros_like(target), target, weight).item() == pytest.approx(0.00153, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cross_entropy_is_a_divergence_of_pixel_distributions(seed):
+    generator = torch.Generator().manual_seed(seed)
+    output, target = (torch.rand(2, 3, 9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.tensor([[1.0, 0, 1], [1, 1, 0]])
+    values = []
+    for b in range(2):
+        for j in range(3):
+            p, q = (np.exp(10 * m[b, j].numpy()) for m in (output, target))
+            p, q = p / p.sum(), q / q.sum()
+            values.append((q * np.log(q / p)).sum())
+    expected = np.array(values)[weight.flatten().bool().numpy()].mean()
+    assert position_cross_entropy(output, target, weight).item() == pytest.approx(expected, rel=1e-4)
+    assert position_cross_entropy(target + 3.7, target, weight).item() == pytest.approx(0, abs=1e-5)
+    assert expected > 0.1
+    assert position_cross_entropy(output, target, torch.zeros(2, 3)).item() == 0
+
+
+def test_cross_entropy_leaves_the_all_zero_map_where_the_mse_hardly_moves():
+    target, weight = hrnet_targets(torch.tensor([[[128.0, 96.0]]]), (64, 64))
+    slopes = []
+    for loss in (joints_mse, position_cross_entropy):
+        output = torch.zeros_like(target, requires_grad=True)
+        loss(output, target, weight).backward()
+        slopes.append(-output.grad[0, 0, 24, 32].item() / loss(output, target, weight).item())
+    assert slopes[1] > 3 * slopes[0] > 0

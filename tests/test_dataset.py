@@ -1,0 +1,223 @@
+"""The benchmark's scenes and samples: fixed pictures, whole files, cameras that stay right under augmentation."""
+
+import hashlib
+import multiprocessing
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from epiutils import people
+from epiutils.dataset import SPLITS, Augmentation, Benchmark, MultiView, instants
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
+
+# Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.
+INSTANTS = "f4d4f216"
+SCENES = "00000000"
+SAME = {"image", "target", "weight", "joints", "visible", "joints_3d", "K", "R", "t", "F"}
+
+
+def digest(*parts) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+    return sha.hexdigest()[:8]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def test_set(cache) -> Benchmark:
+    return Benchmark("test", cache)
+
+
+@pytest.fixture(scope="module")
+def scenes(test_set) -> list:
+    return [test_set[i] for i in (0, 100, 419)]
+
+
+# The splits
+
+
+def test_splits_have_the_originals_subjects_and_share_no_seed():
+    assert {i.subject for i in instants("train")} == {1}
+    assert {i.subject for i in instants("test")} == {9}
+    assert {i.subject for i in instants("train-large")} == {1, 5, 6, 7, 8}
+    assert {i.subject for i in instants("test-large")} == {9, 11}
+    assert len(instants("test")) >= 400
+    assert instants("test-large")[: len(instants("test"))] == instants("test")
+    for train in ("train", "train-large"):
+        assert not {i.seed for i in instants(train)} & {i.seed for i in instants("test-large")}
+    for split in SPLITS:
+        asked = instants(split)
+        assert len(set(asked)) == len(asked)
+        assert {i.action for i in asked} == set(people.ACTIONS)
+        performances = {(i.subject, i.action, i.seed) for i in asked}
+        assert len(performances) == len({seed for *_, seed in performances})  # a room of its own
+    with pytest.raises(ValueError, match="unknown split 'val': there are train, train-large, test"):
+        instants("val")
+
+
+def test_the_test_set_is_fixed(test_set):
+    chosen = instants("test")
+    assert digest(repr([tuple(vars(i).values()) for i in chosen]).encode()) == INSTANTS
+    parts = []
+    for i in range(0, len(chosen), 42):
+        for view in test_set[i]:
+            rounded = [np.round(a, 4) + 0.0 for a in (view.joints_3d, view.joints, view.camera.P)]
+            small = cv2.resize(view.image, (8, 8), interpolation=cv2.INTER_AREA) // 16  # the picture, but for rounding
+            parts += [*rounded, view.visible, small]
+    assert digest(*parts) == SCENES
+
+
+# The cache
+
+
+def test_the_cache_gives_what_was_rendered(cache, scenes, test_set):
+    for i, views in zip((0, 100, 419), scenes, strict=True):
+        again, rendered = test_set[i], people.scene(**vars(test_set.instants[i]))
+        for a, b, c in zip(views, again, rendered, strict=True):
+            np.testing.assert_array_equal(a.image, c.image)
+            np.testing.assert_array_equal(b.image, c.image)
+            assert b.camera.name == c.camera.name and b.camera.size == c.camera.size
+            for field in ("K", "R", "t"):
+                np.testing.assert_array_equal(getattr(b.camera, field), getattr(c.camera, field))
+            for field in ("joints", "joints_3d", "visible"):
+                np.testing.assert_array_equal(getattr(b, field), getattr(c, field))
+
+
+def test_training_pictures_are_nearly_those_rendered(cache):
+    train = Benchmark("train", cache)
+    first, again, rendered = train[7], train[7], people.scene(**vars(train.instants[7]))
+    for a, b, c in zip(first, again, rendered, strict=True):
+        np.testing.assert_array_equal(a.image, b.image)  # the first reading is what all later ones are
+        assert 0 < np.abs(a.image.astype(float) - c.image).mean() < 5
+
+
+def test_no_half_files_and_damage_is_named(cache, test_set, monkeypatch):
+    test_set[3]
+    path = test_set._path(test_set.instants[3])
+    assert not [p for p in path.parent.iterdir() if p.suffix != ".npz"]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: remove it"):
+        test_set[3]
+    path.unlink()
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        test_set[3]
+    assert not path.exists() and not [p for p in path.parent.iterdir() if p.suffix != ".npz"]
+
+
+def test_prepare_renders_what_is_missing_in_parallel(tmp_path, monkeypatch):
+    monkeypatch.setitem(SPLITS, "test", ((9,), 1, 2, 30_000))
+    one = Benchmark("test", tmp_path / "one").prepare(workers=1, progress=False)
+    stamps = {p.name: p.stat().st_mtime_ns for p in one.folder.iterdir()}
+    assert len(stamps) == len(one) == 28
+    one.prepare(progress=False)
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in one.folder.iterdir()}  # nothing twice
+    two = Benchmark("test", tmp_path / "two").prepare(workers=2, progress=False)
+    assert stamps.keys() == {p.name for p in two.folder.iterdir()}
+    for p in one.folder.iterdir():
+        with np.load(p) as a, np.load(two.folder / p.name) as b:
+            assert all(np.array_equal(a[key], b[key]) for key in a.files)
+
+
+def test_another_renderer_has_another_cache(cache, test_set, monkeypatch, tmp_path):
+    changed = tmp_path / "people.py"
+    changed.write_text("different")
+    monkeypatch.setattr(people, "__file__", str(changed))
+    assert Benchmark("test", cache).folder != test_set.folder
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "elsewhere"))
+    assert Benchmark("test").folder.parent == tmp_path / "elsewhere"
+
+
+# Samples
+
+
+def test_a_sample_has_the_documented_shapes(scenes):
+    sample = MultiView(scenes)[1]
+    assert sample.keys() == SAME
+    assert sample["image"].shape == (4, 256, 256, 3) and sample["image"].dtype == torch.uint8
+    assert sample["target"].shape == (4, 17, 64, 64) and sample["weight"].shape == (4, 17)
+    assert sample["joints"].shape == (4, 17, 2) and sample["visible"].shape == (4, 17)
+    assert sample["F"].shape == (4, 4, 3, 3) and sample["K"].shape == (4, 3, 3)
+    np.testing.assert_array_equal(sample["image"][2], scenes[1][2].image)
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(), Augmentation(0.4, 180, 0.2, 1)])
+@pytest.mark.parametrize("size", [256, 128])
+def test_cameras_follow_crop_and_augmentation(scenes, augmentation, size):
+    data = MultiView(scenes, augmentation, size, seed=3)
+    for index, epoch in ((0, 0), (1, 5), (2, 1)):
+        s = {k: v.numpy() for k, v in data.sample(index, epoch).items()}
+        x_cam = np.einsum("vij,nj->vni", s["R"], s["joints_3d"]) + s["t"][:, None]
+        x = np.einsum("vij,vnj->vni", s["K"], x_cam)
+        np.testing.assert_allclose(x[..., :2] / x[..., 2:], s["joints"], atol=1e-6)
+        on_map = s["joints"] @ HEATMAP_FROM_INPUT[:2, :2].T
+        for a in range(4):
+            assert not s["F"][a, a].any()
+            for b in range(4):
+                if a != b:
+                    lines = np.column_stack([on_map[a], np.ones(17)]) @ s["F"][a, b].T
+                    distance = (lines[:, :2] * on_map[b]).sum(1) + lines[:, 2]
+                    assert np.abs(distance / np.linalg.norm(lines[:, :2], axis=1)).max() < 1e-6
+
+
+def test_the_picture_moves_with_its_joints():
+    """A red dot drawn at a joint is still there after a random crop."""
+    views = people.scene(9, "wave", 5, 1)
+    for view in views:
+        view.image[:] = 0
+        cv2.circle(view.image, tuple(np.rint(view.joints[10]).astype(int)), 5, (255, 0, 0), -1)
+    data = MultiView([views], Augmentation(colour=0), seed=1)
+    for epoch in range(4):
+        s = data.sample(0, epoch)
+        for image, joint in zip(s["image"].double(), s["joints"][:, 10], strict=True):
+            red = image[..., 0] / image[..., 0].sum()
+            y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+            centre = torch.stack([(red * x).sum(), (red * y).sum()])
+            assert (centre - joint).norm() < 1.0
+
+
+def test_targets_are_where_the_joints_are(scenes):
+    s = MultiView(scenes, Augmentation(), seed=2).sample(0, 0)
+    points, peak = decode(s["target"], "argmax")
+    inside = ((s["joints"] > 0) & (s["joints"] < 254)).all(-1)
+    assert inside.float().mean() > 0.8 and (peak[inside] == 1).all()
+    assert (points[inside] - s["joints"][inside] / 4).abs().max() <= 0.5 + 1e-6
+    assert not s["visible"][((s["joints"] < -0.5) | (s["joints"] > 255.5)).any(-1)].any()
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(scenes):
+    data = MultiView(scenes, Augmentation(), seed=4)
+    first = data.sample(1, 2)
+    data.sample(0, 9), data[2]
+    for key, value in data.sample(1, 2).items():
+        assert torch.equal(value, first[key]), key
+    for other in (data.sample(1, 3), MultiView(scenes, Augmentation(), seed=5).sample(1, 2)):
+        assert not torch.equal(other["image"], first["image"])
+    assert torch.equal(data[1]["image"], data.sample(1, 0)["image"])
+    image = scenes[1][0].image.copy()
+    data[1]
+    np.testing.assert_array_equal(scenes[1][0].image, image)
+
+
+def test_colours_change_within_bounds(scenes):
+    view, rng = scenes[0][0], np.random.default_rng(0)
+    plain = Augmentation(0, 0, 0, 0)(view, rng)
+    assert np.abs(plain.image.astype(int) - view.image).max() <= 1
+    means = np.array([Augmentation(0, 0, 0, 1)(view, rng).image.mean((0, 1)) for _ in range(40)])
+    assert means.std(0).min() > 8 and 30 < means.mean() < 225
+
+
+def test_workers_give_the_same(scenes):
+    data = MultiView(scenes, Augmentation(), seed=6)
+    context = multiprocessing.get_context("spawn")
+    loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context=context)
+    batch = next(iter(loader))
+    for key, value in data[1].items():
+        assert torch.equal(batch[key][1], value), key
