@@ -1,6 +1,6 @@
 """What notebooks look at and what networks learn from: embedded people, recordings, and samples of several views.
 
-`Performance` and `Recording` have `cameras`, `joints`, `bones`, `frames`, `views(frame)` and `detections`
+`Performance`, `Recording` and `Human36M` have `cameras`, `joints`, `bones`, `frames`, `views(frame)` and `detections`
 (V, T, J, 3).  A `Benchmark` is a sequence of instants, each a list of Views, as Human3.6M's reader is; `MultiView`
 turns such a sequence into training samples.
 """
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from epiutils import people, raycast
+from epiutils import human36m, people, raycast
 from epiutils.cameras import Camera, View, crop_affine
 from epiutils.epipolar import heatmap_fundamental
 from epiutils.files import replacing
 from epiutils.heatmaps import STRIDE, hrnet_targets
+from epiutils.human36m import Human36M
 from epiutils.recordings import Recording, read_recording
 
 CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"  # or the folder that EPIUTILS_CACHE names
@@ -77,9 +78,16 @@ class Performance:
         return people.scene(self.subject, self.action, frame, self.seed)
 
 
-def open_dataset(recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0) -> Performance | Recording:
-    """The recording in that folder, or an embedded person where the name is empty."""
-    return read_recording(recording) if recording else Performance(subject, action, seed)
+def open_dataset(
+    recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0
+) -> Performance | Recording | Human36M:
+    """The recording, or the subject's part of Human3.6M, in that folder; an embedded person where the name is empty."""
+    if not recording:
+        return Performance(subject, action, seed)
+    if not human36m.is_there(recording):
+        return read_recording(recording)
+    split = "test" if subject in human36m.SPLITS["test"][0] else "train"
+    return Human36M(recording, split, subjects=(subject,))
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,12 @@ class Benchmark(Sequence):
             _write_views(path, views, self.lossless)
             return views if self.lossless else _read_views(path)
 
-    def prepare(self, workers: int | None = None, progress: bool = True) -> Benchmark:
-        """Render all that is missing, in parallel; can be stopped and taken up again."""
-        missing = [i for i, instant in enumerate(self.instants) if not self._path(instant).exists()]
+    def prepare(
+        self, workers: int | None = None, progress: bool = True, only: Sequence[int] | None = None
+    ) -> Benchmark:
+        """Render all that is missing (of the instants `only`), in parallel; can be stopped and taken up again."""
+        wanted = range(len(self)) if only is None else only
+        missing = [i for i in wanted if not self._path(self.instants[i]).exists()]
         workers = min(workers or os.cpu_count() or 1, max(1, len(missing) // 10))
         bar = tqdm(total=len(missing), desc=f"rendering {self.split}", unit="scene", disable=not (progress and missing))
         with bar:

@@ -134,7 +134,7 @@ def _hrnet_points(heatmaps: np.ndarray) -> np.ndarray:
     return points * (flat.max(2) > 0)[..., None].astype(np.float32)
 
 
-def _hrnet_distances(output, target) -> np.ndarray:
+def hrnet_distances(output, target) -> np.ndarray:
     """Distances in units of a tenth of the heatmap, (B, J); nan for the joints that HRNet leaves out."""
     output, target = (np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a) for a in (output, target))
     if output.shape != target.shape or output.ndim != 4 or 0 in output.shape:
@@ -156,7 +156,7 @@ def accuracy(output, target) -> float:
 
     output, target: (B, J, H, W), tensors or arrays.  Returns a number in [0, 1]; 0 where nothing counts.
     """
-    distances = _hrnet_distances(output, target)
+    distances = hrnet_distances(output, target)
     total, joints = 0.0, 0
     for column in distances.T:  # summed in HRNet's order: the last digit depends on it
         column = column[~np.isnan(column)]
@@ -171,6 +171,6 @@ def pck(output, target) -> float:
 
     output, target: (B, J, H, W).  Returns a number in [0, 1]; nan where nothing counts.
     """
-    distances = _hrnet_distances(output, target)
+    distances = hrnet_distances(output, target)
     distances = distances[~np.isnan(distances)]
     return float((distances < 0.5).mean()) if len(distances) else float("nan")

@@ -38,19 +38,24 @@ NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
 def record(name: str, value, text: str = "") -> None:
     """Hand a number to the report: `record("redirect.speedup_loop", 12345.6, "times faster than the loop")`.
 
-    name: words joined by dots, the path in metrics.json.  value: a finite number, a bool or a string; numpy
-    and torch scalars too.  text: what the number is; with one, it is listed among the key numbers.
+    name: words joined by dots, the path in metrics.json.  value: a finite number, a bool or a string, numpy
+    and torch scalars too; or a tuple of numbers, such as an interval.  text: what the number is; with one, it is listed among the key numbers.
     Returns nothing, so that it may end a cell; outside a report it only checks.  Raises ValueError for a name
     or value that cannot be recorded, or a name that is a group of others.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f'record: a name is words joined by dots, like "redirect.speedup", got {name!r}')
-    plain = value.item() if hasattr(value, "item") else value
-    if isinstance(plain, float) and math.isfinite(plain):
-        plain = float(f"{plain:.6g}")
-    elif not isinstance(plain, bool | int | str):
-        raise ValueError(f"record: {name} must be a finite number, a bool or a string, got {value!r}")
+    plain = [_plain(name, v) for v in value] if isinstance(value, tuple | list) else _plain(name, value)
     _hand_over("numbers", name, {"value": plain, "text": text})
+
+
+def _plain(name: str, value) -> float | int | bool | str:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.6g}")
+    if not isinstance(value, bool | int | str):
+        raise ValueError(f"record: {name} must be finite numbers, a bool or a string, got {value!r}")
+    return value
 
 
 def record_figure(name: str, figure, caption: str = ""):
@@ -121,14 +126,16 @@ def choose_parameters(notebooks: list[Path], given: dict[str, str], usual: dict[
     """What each notebook gets of the parameters given as text, in the type of its default.
 
     usual: parameters for whoever has them.  Raises ValueError for a given name that no notebook has, and
-    for a value of another type.
+    for a value of another type.  A `dataset` is for all: notebooks without that parameter look at it as a `recording`.
     """
     known = {notebook: parameters_of(notebook) for notebook in notebooks}
-    names = sorted(set().union(*known.values()))
+    names = sorted({"dataset"}.union(*known.values()))
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise ValueError(f"no notebook has the parameter {', '.join(unknown)}; there are: {', '.join(names)}")
     given = usual | given
+    if given.get("dataset"):
+        given.setdefault("recording", given["dataset"])
     return {
         notebook: {name: _typed(name, given[name], default) for name, default in defaults.items() if name in given}
         for notebook, defaults in known.items()
@@ -354,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="how much to compute")
     parser.add_argument("--recording", metavar="PATH", help="a calibrated recording of your own, a folder")
-    parser.add_argument("--dataset", metavar="NAME", help="what to run on: the name or folder of a dataset")
+    parser.add_argument("--dataset", metavar="NAME", help="Human3.6M: its folder, or the name of one in data/")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook's parameter"
     )
@@ -380,10 +387,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     given = dict(args.p) | {n: v for n in ("recording", "dataset") if (v := getattr(args, n))}
     for name in ("recording", "dataset"):  # notebooks run in their own folder, the caller means its own
-        if given.get(name) and Path(given[name]).expanduser().exists():
-            given[name] = str(Path(given[name]).expanduser().resolve())
-        elif name == "recording" and given.get(name):
-            parser.error(f"--recording {given[name]}: no such folder")
+        if not given.get(name):
+            continue
+        places = [Path(given[name]).expanduser(), *([ROOT / "data" / given[name]] if name == "dataset" else [])]
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            parser.error(f"--{name} {given[name]}: no folder {' or '.join(map(str, places))}")
+        given[name] = str(folder.resolve())
     try:
         parameters = choose_parameters(chosen, given, {"profile": args.profile})
     except ValueError as error:

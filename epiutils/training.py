@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from epiutils.dataset import SPLITS, Augmentation, Benchmark, MultiView
 from epiutils.files import replacing
 from epiutils.heatmaps import accuracy, joints_mse, pck, position_cross_entropy
 from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
+from epiutils.human36m import Human36M
 
 Loss = Callable[[nn.Module, dict[str, Tensor], float], Tensor]
 
@@ -78,7 +79,7 @@ def train(
     """
     accelerator = Accelerator(mixed_precision=precision)
     world, rank = accelerator.num_processes, accelerator.process_index
-    every = every or math.ceil(len(data) / batch)
+    every = every or math.ceil(len(data) / max(1, batch))
     if schedule not in ("cosine", "constant") or batch % world or min(steps, batch, every, len(data)) < 1:
         raise ValueError(
             f'schedule must be "cosine" or "constant", got {schedule!r}; batch a multiple of the {world} processes, '
@@ -347,6 +348,16 @@ def scores(predicted: dict) -> dict[str, float]:
     }
 
 
+def train_pose(
+    network: nn.Module, scenes: Sequence, out: str | os.PathLike | None = None, *, size: int = 256, batch: int = 4,
+    lr: float = 2e-3, warmup: int = 50, seed: int = 0, workers: int = 1, **settings,
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """Train HRNet on augmented instants with `pose_loss`, as the checkpoints that ship were; see `train`."""
+    data = MultiView(scenes, Augmentation(), size, seed)
+    settings = {"batch": batch, "lr": lr, "warmup": warmup, "clip": 1.0, "seed": seed, "workers": workers} | settings
+    return train(network, pose_loss, data, out, **settings)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train HRNet and write its weights, with their provenance, beside the checkpoint and the tables."""
     parser = argparse.ArgumentParser(prog="python -m epiutils.training", description=main.__doc__)
@@ -371,12 +382,11 @@ def main(arguments: list[str] | None = None) -> int:
     network = load_checkpoint(chosen.init) if chosen.init else PoseHRNet(**settings)
     network = network.train().to(memory_format=torch.channels_last)
     scenes, test = _scenes(chosen)
-    data = MultiView(scenes, Augmentation(), chosen.size, chosen.seed)
-    few = MultiView([test[i] for i in range(0, len(test), max(1, len(test) // 48))], size=chosen.size)
+    few = MultiView([test[i] for i in subset(len(test))], size=chosen.size)
     try:
-        _, rows = train(
-            network, pose_loss, data, chosen.out, steps=chosen.steps, stop=chosen.stop, batch=chosen.batch, lr=chosen.lr,
-            warmup=chosen.warmup, clip=1.0, every=chosen.every, seed=chosen.seed, workers=chosen.workers,
+        epochs, rows = train_pose(
+            network, scenes, chosen.out, size=chosen.size, steps=chosen.steps, stop=chosen.stop, batch=chosen.batch,
+            lr=chosen.lr, warmup=chosen.warmup, every=chosen.every, seed=chosen.seed, workers=chosen.workers,
             precision=chosen.precision, validate=lambda network: scores(predict(network, few)),
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
@@ -385,22 +395,28 @@ def main(arguments: list[str] | None = None) -> int:
     if Accelerator().is_main_process:
         measured = scores(predict(network, MultiView(test, size=chosen.size), progress=True))
         print({key: round(value, 4) for key, value in measured.items()})
-        save_checkpoint(chosen.out / "weights.safetensors", network, **_provenance(chosen, measured, rows))
+        few_measured = {key: epochs[-1][key] for key in measured}
+        save_checkpoint(
+            chosen.out / "weights.safetensors", network, **_provenance(chosen, measured, few_measured, rows)
+        )
     return 0
+
+
+def subset(scenes: int) -> range:
+    """The part of a test set that is scored during training: about 50 instants."""
+    return range(0, scenes, max(1, scenes // 48))
 
 
 def _scenes(chosen: argparse.Namespace) -> tuple:
     """What to train on and what to test on."""
     if chosen.human36m:
-        from epiutils.human36m import Human36M
-
         return Human36M(chosen.human36m, "train"), Human36M(chosen.human36m, "test")
     main_process = Accelerator().is_main_process
     with Accelerator().main_process_first():
         return tuple(Benchmark(s).prepare(progress=main_process) for s in (chosen.split, "test"))
 
 
-def _provenance(chosen: argparse.Namespace, measured: dict, rows: list[dict]) -> dict:
+def _provenance(chosen: argparse.Namespace, measured: dict, few: dict, rows: list[dict]) -> dict:
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True, cwd=Path(__file__).parent
     )
@@ -415,6 +431,7 @@ def _provenance(chosen: argparse.Namespace, measured: dict, rows: list[dict]) ->
         "torch": torch.__version__,
         "losses": [row["loss"] for row in rows[:50]],
         "test": measured,
+        "subset": few,
     }
 
 

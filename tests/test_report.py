@@ -1,5 +1,6 @@
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -92,12 +93,12 @@ def made(tmp_path_factory):
 
 def test_record_checks_and_leaves_no_trace_outside_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac"):
+    for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac", (0.1, 2)):
         assert report.record("a.b", value) is None
     for name in ("", "a b", ".a", "a..b", "ä"):
         with pytest.raises(ValueError, match="words joined by dots"):
             report.record(name, 1)
-    for value in (float("nan"), np.inf, None, [1], object()):
+    for value in (float("nan"), np.inf, None, [1, None], (1, math.nan), object()):
         with pytest.raises(ValueError, match="finite number"):
             report.record("a", value)
     figure = Figure()
@@ -216,13 +217,16 @@ def test_only_keeps_the_numbers_of_the_others(made, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "slop", "1"], "no notebook has the parameter slop; there are: fail, profile, recording, slope"),
+        (
+            ["-p", "slop", "1"],
+            "no notebook has the parameter slop; there are: dataset, fail, profile, recording, slope",
+        ),
         (["-p", "slope", "steep"], "slope is of type float (like 1.0), got 'steep'"),
         (["-p", "fail", "1"], "fail is of type bool (like False), got '1'"),
         (["--only", "07"], "no notebook 07"),
         (["--only", "02", "-p", "slope", "1"], "no notebook has the parameter slope"),
-        (["--recording", "nowhere"], "nowhere: no such folder"),
-        (["--dataset", "human36m"], "no notebook has the parameter dataset"),
+        (["--recording", "nowhere"], "--recording nowhere: no folder nowhere"),
+        (["--dataset", "human36m"], "no folder human36m or "),
     ],
 )
 def test_wrong_arguments_are_named(made, capsys, arguments, message):

@@ -1,0 +1,796 @@
+"""Human3.6M: small files in exactly the two formats, made of the embedded people, come back as the same joints.
+
+OpenCV projects and undistorts in the checks; each fault is told by its name, and hostile pickles run nothing.
+"""
+
+import io
+import itertools
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from dataclasses import replace
+from functools import cache
+
+import cv2
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from epiutils import people
+from epiutils.dataset import MultiView
+from epiutils.human36m import ACTIONS, CAMERAS, Human36M, Instant, _archive, _check_bones, _unpickle
+
+# The joints that karfly's labels list, by name: right leg up, left leg down, trunk, right arm up, left arm down, nose
+KARFLY = ("rank", "rkne", "rhip", "lhip", "lkne", "lank", "root", "belly", "neck", "head",
+          "rwri", "relb", "rsho", "lsho", "lelb", "lwri", "nose")  # fmt: skip
+TO_KARFLY = [people.JOINTS.index(name) for name in KARFLY]
+TO_TOOLBOX = [KARFLY.index(name) for name in people.JOINTS]
+PAIRED = ("hip", "kne", "ank", "sho", "elb", "wri")
+OTHER = {f"{a}{name}": f"{b}{name}" for name in PAIRED for a, b in ("lr", "rl")}
+MIRRORED = [people.JOINTS.index(OTHER.get(name, name)) for name in people.JOINTS]
+DIRECTIONS, GREETING, SITTING_DOWN, WAITING = 2, 5, 10, 13
+SHOWN = [(9, DIRECTIONS, 1, 1), (9, DIRECTIONS, 1, 6), (11, WAITING, 2, 1)]  # instants with pictures
+
+
+@cache
+def rig(subject):
+    """The subject's four cameras, as in Human3.6M: named by number, with lens distortion."""
+    cameras = []
+    for v, camera in enumerate(people.rig()):
+        K = camera.K + np.array([[0.1 * subject, 0, 0], [0, 0, 0], [0, 0, 0]])
+        lens = (-0.3 + 0.01 * v, 0.25, 1e-3, -2e-3 + 1e-4 * subject, 0.01)
+        cameras.append(replace(camera, K=K, distortion=lens, name=CAMERAS[v]))
+    return cameras
+
+
+@cache
+def body(instant):
+    """The person's joints at that instant, (17, 3) metres, in the toolbox's order."""
+    subject, action, subaction, image = instant
+    return people.pose(subject, people.ACTIONS[action % len(people.ACTIONS)], 3 * image, seed=subaction)
+
+
+def pixels(camera, X, distortion=True):
+    """OpenCV's projection of world points (N, 3)."""
+    lens = camera.distortion if distortion else np.zeros(5)
+    return cv2.projectPoints(X, cv2.Rodrigues(camera.R)[0], camera.t, camera.K, lens)[0][:, 0]
+
+
+def square(camera, X):
+    """The person's box: left, top, right, bottom in whole px, as wide as high."""
+    x = pixels(camera, X)
+    low, side = np.floor(x.min(0) - 60).astype(int), int((np.ptp(x, axis=0)).max() + 120)
+    return np.concatenate([low, low + side])
+
+
+def toolbox_record(instant, v):
+    """What H36M-Toolbox's generate_labels.py writes for a picture."""
+    subject, action, subaction, image = instant
+    camera, X = rig(subject)[v], body(instant)
+    box, k = square(camera, X).astype(float), camera.distortion
+    folder = f"s_{subject:02d}_act_{action:02d}_subact_{subaction:02d}_ca_{v + 1:02d}"
+    return {
+        "image": f"{folder}/{folder}_{image:06d}.jpg",
+        "joints_2d": pixels(camera, X),
+        "joints_3d": X * 1000 + 7,  # another, universal skeleton; not to be used
+        "joints_3d_camera": (X @ camera.R.T + camera.t) * 1000,
+        "joints_vis": np.ones((17, 3)),
+        "video_id": 0,
+        "image_id": image,
+        "subject": subject,
+        "action": action,
+        "subaction": subaction,
+        "camera_id": v,
+        "source": "h36m",
+        "camera": {
+            "R": np.array(camera.R),
+            "T": 1000 * camera.C[:, None],
+            "fx": camera.K[:1, 0],
+            "fy": camera.K[1:2, 1],
+            "cx": camera.K[:1, 2],
+            "cy": camera.K[1:2, 2],
+            "k": k[[0, 1, 4], None],
+            "p": k[2:4, None],
+        },
+        "center": (0.5 * (box[0] + box[2]), 0.5 * (box[1] + box[3])),
+        "scale": ((box[2] - box[0]) / 200.0, (box[3] - box[1]) / 200.0),
+        "box": box,
+    }
+
+
+def records(instants):
+    return [toolbox_record(instant, v) for v in range(4) for instant in instants]  # whole videos, one after the other
+
+
+def without(*fields):
+    return [{k: v for k, v in record.items() if k not in fields} for record in records(SHOWN)]
+
+
+def write_toolbox(path, content, name="h36m_validation.pkl", protocol=4):
+    (path / "annot").mkdir(parents=True, exist_ok=True)
+    (path / "images").mkdir(exist_ok=True)
+    data = content if isinstance(content, bytes) else pickle.dumps(content, protocol)
+    (path / "annot" / name).write_bytes(data)
+    return path
+
+
+def labels(instants):
+    """What generate-labels-npy-multiview.py of learnable-triangulation-pytorch saves."""
+    subjects = [1, 5, 6, 7, 8, 9, 11]
+    names = [f"{action}-{n}" for action in ACTIONS for n in (1, 2)]
+    cameras = np.empty(
+        (7, 4),
+        [("R", np.float32, (3, 3)), ("t", np.float32, (3, 1)), ("K", np.float32, (3, 3)), ("dist", np.float32, 5)],
+    )
+    for s, subject in enumerate(subjects):
+        for v, camera in enumerate(rig(subject)):
+            cameras[s, v] = camera.R, 1000 * camera.t[:, None], camera.K, camera.distortion
+    table = np.zeros(
+        len(instants),
+        [("subject_idx", np.int8), ("action_idx", np.int8), ("frame_idx", np.int16),
+         ("keypoints", np.float32, (17, 3)), ("bbox_by_camera_tlbr", np.int16, (4, 4))],
+    )  # fmt: skip
+    for row, instant in zip(table, instants, strict=True):
+        subject, action, subaction, image = instant
+        X = body(instant)
+        boxes = np.stack([square(camera, X) for camera in rig(subject)])[:, [1, 0, 3, 2]]
+        row["subject_idx"], row["action_idx"] = subjects.index(subject), 2 * (action - 2) + subaction - 1
+        row["frame_idx"], row["keypoints"], row["bbox_by_camera_tlbr"] = image - 1, 1000 * X[TO_KARFLY], boxes
+    return {
+        "subject_names": [f"S{s}" for s in subjects],
+        "camera_names": list(CAMERAS),
+        "action_names": names,
+        "cameras": cameras,
+        "table": table,
+    }
+
+
+def write_karfly(path, content, name="extra/human36m-multiview-labels-GTbboxes.npy"):
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / "processed").mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        np.save(path / name, np.array({}))
+        header = (path / name).read_bytes().partition(b"\n")[0] + b"\n"
+        (path / name).write_bytes(header + content)
+    else:
+        np.save(path / name, content)
+    return path
+
+
+def picture(x):
+    """A 1000×1000 picture with a white dot at the points x (N, 2), exact to a fraction of a pixel."""
+    rows, columns = np.mgrid[:1000, :1000].astype(np.float32)
+    image = np.stack([columns / 20, rows / 20, 50 - columns / 40], -1)
+    for p in x:
+        near = tuple(slice(max(0, int(c) - 25), int(c) + 26) for c in p[::-1])
+        image[near] += 200 * np.exp(-((columns[near] - p[0]) ** 2 + (rows[near] - p[1]) ** 2) / 18)[..., None]
+    return np.clip(image, 0, 255).astype(np.uint8)  # RGB
+
+
+def write_jpeg(file, image):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(file), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])
+
+
+SIZE = {True: 256, False: 200}  # of the views read with and without undistortion
+READ = [("folder", True), ("zip", True), ("karfly", True), ("karfly", False)]
+DOTS = [people.JOINTS.index(name) for name in ("head", "rank", "lwri")]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same three instants as toolbox with a folder, toolbox with a zip, and karfly's."""
+    paths = {name: tmp_path_factory.mktemp(name) for name in ("folder", "zip", "karfly")}
+    everything, table = records(SHOWN), labels(SHOWN)
+    write_toolbox(paths["folder"], everything)
+    write_toolbox(paths["zip"], everything)
+    write_karfly(paths["karfly"], table)
+    (paths["zip"] / "images").rmdir()
+    with zipfile.ZipFile(paths["zip"] / "images.zip", "w") as archive:
+        for record in everything:
+            instant = tuple(record[f] for f in ("subject", "action", "subaction", "image_id"))
+            x = pixels(rig(record["subject"])[record["camera_id"]], body(instant)[DOTS])
+            file = paths["folder"] / "images" / record["image"]
+            write_jpeg(file, picture(x))
+            archive.write(file, f"images/{record['image']}")
+            sequence = f"S{record['subject']}/{ACTIONS[record['action'] - 2]}-{record['subaction']}/imageSequence"
+            name = f"{sequence}/{CAMERAS[record['camera_id']]}/img_{record['image_id']:06d}.jpg"
+            (paths["karfly"] / "processed" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, paths["karfly"] / "processed" / name)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def read(layouts):
+    """All views of a layout, read once."""
+
+    @cache
+    def views(name, undistort=True):
+        return list(Human36M(layouts[name], every=1, undistort=undistort, size=SIZE[undistort]))
+
+    return views
+
+
+def cropped(x, box, size):
+    """Where HRNet's crop of the box puts points (N, 2): the box's centre in the middle, its side the picture's."""
+    return (x - (box[:2] + box[2:]) / 2) * size / (box[2] - box[0]) + size / 2
+
+
+# What is read
+
+
+@pytest.mark.parametrize("name, undistort", READ)
+def test_joints_come_back_where_opencv_projects_them(layouts, read, name, undistort):
+    data, size = Human36M(layouts[name], every=1), SIZE[undistort]
+    assert len(data) == 3 and data.left_out == {}
+    assert data.instants[2] == Instant(11, "Waiting", 2, 1) and str(data.instants[1]) == "S9 Directions-1 image 6"
+    for instant, views in zip(SHOWN, read(name, undistort), strict=True):
+        X = body(instant)
+        assert [view.camera.name for view in views] == list(CAMERAS)
+        for view, camera in zip(views, rig(instant[0]), strict=True):
+            expected = cropped(pixels(camera, X, distortion=not undistort), square(camera, X), size)
+            assert np.abs(view.joints - expected).max() < 0.01
+            assert np.abs(pixels(view.camera, X) - expected).max() < 0.01
+            assert np.abs(view.joints_3d - X).max() < 1e-6
+            np.testing.assert_allclose(view.camera.C, camera.C, atol=1e-6)
+            assert view.camera.distortion.any() != undistort and view.camera.size == (size, size)
+            assert view.image.shape == (size, size, 3) and view.image.dtype == np.uint8
+            np.testing.assert_array_equal(view.confidence, np.ones(17))
+            assert view.visible is None
+
+
+@pytest.mark.parametrize("name, undistort", READ)
+def test_pictures_show_the_joints_where_they_are_said_to_be(read, name, undistort):
+    off = []
+    for views in read(name, undistort):
+        for view in views:
+            for x, y in view.joints[DOTS]:
+                i, j = round(y), round(x)
+                patch = view.image[i - 5 : i + 6, j - 5 : j + 6].astype(float).mean(-1)
+                weights = np.maximum(patch - 100, 0)
+                rows, columns = np.mgrid[i - 5 : i + 6, j - 5 : j + 6]
+                off.append(((columns * weights).sum() / weights.sum() - x, (rows * weights).sum() / weights.sum() - y))
+    assert np.abs(off).max() < 0.25
+    size = SIZE[undistort]
+    assert view.image[size // 2, size - 6, 0] > view.image[size // 2, 5, 0] + 5  # red grows to the right
+
+
+def test_lens_distortion_matters_to_the_check_of_pictures(read):
+    for a, b in zip(read("karfly")[0], read("karfly", False)[0], strict=True):
+        assert np.abs(a.joints / SIZE[True] - b.joints / SIZE[False])[DOTS].max() * SIZE[False] > 0.5
+
+
+@pytest.mark.parametrize("name", ["zip", "karfly"])
+def test_layouts_agree(read, name):
+    for one, other in zip(read("folder"), read(name), strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert np.abs(a.joints - b.joints).max() < 0.01
+            assert np.abs(a.image.astype(int) - b.image).max() <= (2 if name == "karfly" else 0)
+
+
+def test_matches_lie_on_their_epipolar_lines(read):
+    for views in read("zip"):
+        for a, b in itertools.permutations(views, 2):
+            e = b.camera.P @ np.append(a.camera.C, 1)
+            F = np.cross(np.eye(3), e) @ b.camera.P @ np.linalg.pinv(a.camera.P)  # H&Z 9.1, [e']ₓ P' P⁺
+            lines = np.column_stack([a.joints, np.ones(17)]) @ F.T
+            distance = (lines * np.column_stack([b.joints, np.ones(17)])).sum(1) / np.hypot(*lines[:, :2].T)
+            assert np.abs(distance).max() < 0.01
+
+
+def test_the_world_is_the_same_for_all_views_and_in_metres(read):
+    for views in read("karfly"):
+        X = views[0].joints_3d
+        for view in views:
+            np.testing.assert_array_equal(view.joints_3d, X)
+        assert 0.3 < np.linalg.norm(X[2] - X[1]) < 0.55 and abs(X[[3, 6], 2].min()) < 0.2  # a thigh; feet on the floor
+
+
+@pytest.mark.parametrize("name", ["zip", "karfly"])
+def test_it_is_a_source_of_training_samples(layouts, name):
+    sample = MultiView(Human36M(layouts[name], every=1))[1]
+    assert sample["image"].shape == (4, 256, 256, 3) and sample["target"].shape == (4, 17, 64, 64)
+    assert (sample["weight"] == 1).all() and sample["visible"].all()
+    np.testing.assert_allclose(sample["joints_3d"], body(SHOWN[1]), atol=1e-6)
+
+
+def numbers(views):
+    return np.stack([view.image for view in views]), np.stack([view.joints for view in views])
+
+
+class OwnZip(zipfile.ZipFile):
+    """A zip that only the process which opened it may read: forked ones share their place in the file."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.process = os.getpid()
+
+    def read(self, name):
+        assert os.getpid() == self.process
+        return super().read(name)
+
+
+def test_forked_workers_read_the_zip_each_with_its_own_handle(layouts, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZipFile", OwnZip)
+    _archive.cache_clear()
+    data = Human36M(layouts["zip"], every=1, size=64, undistort=False)
+    alone = numbers(data[2])  # the zip is open before this process forks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+        loader = DataLoader(
+            data, sampler=4 * [2], batch_size=1, num_workers=2, collate_fn=lambda batch: numbers(batch[0]),
+            multiprocessing_context="fork",
+        )  # fmt: skip
+        read = list(loader)
+    _archive.cache_clear()
+    assert len(read) == 4
+    for views in read:
+        for a, b in zip(views, alone, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_it_can_be_sent_to_a_spawned_worker(layouts):
+    data = Human36M(layouts["zip"], undistort=False)
+    before = numbers(data[0])
+    copy = pickle.loads(pickle.dumps(data))
+    for a, b in zip(before, numbers(copy[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_has_the_names_of_a_recording(layouts):
+    data = Human36M(layouts["folder"], every=1, subjects=(9,))
+    assert data.joints == people.JOINTS and data.bones == people.BONES and data.frames.tolist() == [0, 1]
+    assert data.detections.shape == (4, 2, 17, 3) and (data.detections[..., 2] == 1).all()
+    for v, (camera, expected) in enumerate(zip(data.cameras, rig(9), strict=True)):
+        assert camera.size == (1000, 1000) and camera.name == CAMERAS[v]
+        assert np.abs(data.detections[v, 1, :, :2] - pixels(expected, body(SHOWN[1]))).max() < 1e-6
+    assert np.abs(data.views(1)[0].joints_3d - body(SHOWN[1])).max() < 1e-6
+    with pytest.raises(ValueError, match="2 sets of cameras.*subjects="):
+        _ = Human36M(layouts["folder"], every=1).cameras
+
+
+def test_margin_widens_the_crop(layouts):
+    view = Human36M(layouts["folder"], margin=1.5)[0][0]
+    camera, X = rig(9)[0], body(SHOWN[0])
+    box, size = square(camera, X), 256
+    expected = (cropped(pixels(camera, X, distortion=False), box, size) - size / 2) / 1.5 + size / 2
+    assert np.abs(view.joints - expected).max() < 0.01
+
+
+# Which instants
+
+
+def sequences(subject, frames):
+    """Two sequences' instants; the second is damaged where the subject is 9."""
+    return [(subject, a, b, i) for a, b in ((DIRECTIONS, 1), (GREETING, 2)) for i in range(1, frames + 1)]
+
+
+def write_both(path, split, instants):
+    name = {"train": "h36m_train.pkl", "test": "h36m_validation.pkl"}[split]
+    write_toolbox(path / "toolbox", records(instants), name)
+    write_karfly(path / "karfly", labels(instants))
+    return path / "toolbox", path / "karfly"
+
+
+def test_the_usual_splits(tmp_path):
+    for path in write_both(tmp_path, "train", sequences(1, 12) + sequences(5, 12)):
+        data = Human36M(path, "train")
+        assert [(i.subject, i.image) for i in data.instants] == [
+            *((1, n) for n in (1, 6, 11, 4, 9)),
+            *((5, n) for n in (2, 7, 12, 5, 10)),
+        ]
+        assert len(Human36M(path, "train", subjects=(1,))) == 5
+        assert len(Human36M(path, "train", subjects=(1,), every=1)) == 24
+        with pytest.raises(ValueError, match=r"nothing of subjects \[7\]"):
+            Human36M(path, "train", subjects=(1, 7))
+
+
+def test_test_split_counts_what_is_left(tmp_path):
+    for path in write_both(tmp_path, "test", sequences(11, 33) + sequences(9, 33)):  # sorted, whatever the file's order
+        data = Human36M(path)
+        assert data.instants == [Instant(9, "Directions", 1, 1), Instant(11, "Directions", 1, 64 - 33 + 1)]
+        assert list(data.left_out) == ["damaged sequence"] and len(data.left_out["damaged sequence"]) == 33
+        whole = Human36M(path, damaged=True)
+        assert [(i.subject, i.action, i.image) for i in whole.instants] == [
+            (9, "Directions", 1),
+            (9, "Greeting", 64 - 33 + 1),
+            (11, "Greeting", 128 - 99 + 1),
+        ]
+        assert whole.left_out == {}
+
+
+@pytest.mark.parametrize("action, subaction", [(GREETING, 2), (SITTING_DOWN, 2), (WAITING, 1)])
+def test_damaged_sequences_are_left_out(tmp_path, action, subaction):
+    instants = [(s, action, b, 3) for s in (9, 11) for b in (1, 2)]
+    for path in write_both(tmp_path, "test", instants):
+        data, name = Human36M(path, every=1), ACTIONS[action - 2]
+        assert data.left_out == {"damaged sequence": [Instant(9, name, subaction, 3)]}
+        assert len(data) == 3 and len(Human36M(path, every=1, damaged=True)) == 4
+
+
+def test_an_instant_without_all_cameras_is_left_out_and_named(tmp_path):
+    everything = [r for r in records(SHOWN) if (r["subject"], r["camera_id"]) != (11, 0)]
+    table = labels(SHOWN)
+    table["table"]["bbox_by_camera_tlbr"][2, 0] = 0
+    gone = [Instant(11, "Waiting", 2, 1)]
+    data = Human36M(write_toolbox(tmp_path / "a", everything), every=1)
+    assert data.left_out == {"no camera 54138969": gone} and len(data) == 2
+    data = Human36M(write_karfly(tmp_path / "b", table), every=1)
+    assert data.left_out == {"empty box in 54138969": gone} and len(data) == 2
+    for path in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(ValueError, match=r"nothing left of subjects \(11,\).*54138969': 1"):
+            Human36M(path, subjects=(11,))
+
+
+@pytest.mark.parametrize("field", ["box", "scale"])
+def test_an_empty_box_is_left_out_and_named(tmp_path, field):
+    everything = records(SHOWN)
+    for record in everything:
+        if field == "box":  # others have no center and scale
+            del record["center"], record["scale"]
+    everything[5]["box"] = np.array([300.0, 400, 300, 700])  # of camera 1, second instant
+    if field == "scale":
+        everything[5]["scale"] = (0.0, 0.0)
+    data = Human36M(write_toolbox(tmp_path, everything), every=1)
+    assert data.left_out == {"empty box in 55011271": [Instant(11, "Waiting", 2, 1)]}
+    assert data.instants == [Instant(9, "Directions", 1, 1), Instant(9, "Directions", 1, 6)]
+
+
+def test_the_box_is_enough(layouts, tmp_path):
+    everything = without("center", "scale")
+    data = Human36M(write_toolbox(tmp_path, everything), every=1)
+    for shots, others in zip(data.shots, Human36M(layouts["folder"], every=1).shots, strict=True):
+        for a, b in zip(shots, others, strict=True):
+            np.testing.assert_allclose([*a.centre, a.side], [*b.centre, b.side])
+
+
+# Pictures
+
+
+def test_1002_rows_are_cut_below(layouts, tmp_path):
+    path = shutil.copytree(layouts["folder"], tmp_path / "h36m")
+    before = Human36M(path)[0][0]
+    file = path / "images" / toolbox_record(SHOWN[0], 0)["image"]
+    image = cv2.imread(str(file))[..., ::-1]
+    file.unlink()
+    cv2.imwrite(str(file.with_suffix(".png")), np.pad(image, ((0, 2), (0, 0), (0, 0)))[..., ::-1])
+    file.with_suffix(".png").rename(file)  # decoded by content; JPEG would change the picture again
+    np.testing.assert_array_equal(Human36M(path)[0][0].image, before.image)
+    write_jpeg(file, image[:998])
+    with pytest.raises(ValueError, match=r"ca_01_000001\.jpg: .*1000×1002 px, got 1000×998"):
+        Human36M(path)[0]
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"ca_01_000001\.jpg: .*got none"):
+        Human36M(path)[0]
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"ca_01_000001\.jpg"):
+        Human36M(path)[0]
+
+
+@pytest.mark.parametrize("name, picture", [("folder", r"ca_03_000001\.jpg"), ("karfly", r"58860488/img_000001\.jpg")])
+def test_a_missing_picture_is_named(layouts, tmp_path, name, picture):
+    path = shutil.copytree(layouts[name], tmp_path / "h36m")
+    data = Human36M(path, every=1)
+    (path / data.shots[0][2].picture).unlink()
+    with pytest.raises(FileNotFoundError, match=picture):
+        data[0]
+    assert len(data[1]) == 4
+
+
+def test_faults_of_the_zip_are_named(layouts, tmp_path):
+    path = write_toolbox(tmp_path, records(SHOWN))
+    (path / "images").rmdir()
+    with zipfile.ZipFile(path / "images.zip", "w") as archive:
+        for record in records(SHOWN)[:4]:
+            archive.writestr(f"images/{record['image']}", b"\0" * 50)
+    with pytest.raises(ValueError, match=r"images\.zip.*images/.*ca_01_000001\.jpg.*got none"):
+        Human36M(path)[0]
+    broken = (path / "images.zip").read_bytes().replace(b"\0" * 50, b"\1" * 50)
+    other = write_toolbox(tmp_path / "other", records(SHOWN))
+    (other / "images").rmdir()
+    (other / "images.zip").write_bytes(broken)
+    with pytest.raises(ValueError, match=r"images\.zip.*ca_01_000001\.jpg.*CRC"):
+        Human36M(other)[0]
+    third = shutil.copytree(layouts["zip"], tmp_path / "third")
+    with zipfile.ZipFile(third / "images.zip", "w") as archive:
+        archive.writestr("images/readme", b"")
+    with pytest.raises(FileNotFoundError, match=r"images\.zip: no picture images/s_09_act_02_subact_01_ca_01/"):
+        Human36M(third)[0]
+    (third / "images.zip").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"images\.zip"):
+        Human36M(shutil.move(third, tmp_path / "fourth"))[0]
+
+
+# Joint orders and units
+
+
+def changed(field, change, content=None):
+    """Toolbox records with a field of each changed."""
+    content = records(SHOWN) if content is None else content
+    for record in content:
+        record[field] = change(record[field])
+    return content
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (lambda: changed("joints_3d_camera", lambda X: X[TO_KARFLY]), "joints_3d_camera is in karfly's joint order"),
+        (lambda: changed("joints_2d", lambda x: x[TO_KARFLY]), "joints_2d is in karfly's joint order"),
+        (lambda: changed("joints_2d", lambda x: x[MIRRORED]), "left and right are swapped"),
+        (lambda: changed("joints_2d", lambda x: x[::-1]), "no known joint order"),
+        (lambda: changed("joints_2d", lambda x: x + 20), "28 px off .*no known joint order"),
+        (
+            lambda: changed("joints_2d", lambda x: x[TO_KARFLY], changed("joints_3d_camera", lambda X: X[TO_KARFLY])),
+            "wrong joint order",
+        ),
+        (lambda: changed("joints_3d_camera", lambda X: X / 1000), "disagree"),
+    ],
+)
+def test_a_wrong_joint_order_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Human36M(write_toolbox(tmp_path, content()), every=1)
+    assert "h36m_validation.pkl" in str(caught.value)
+
+
+def test_rounded_2d_joints_are_no_fault(tmp_path):
+    write_toolbox(tmp_path, changed("joints_2d", np.round))
+    write_toolbox(tmp_path, changed("joints_3d_camera", np.float32, changed("joints_2d", lambda x: x + 2)))
+    assert len(Human36M(tmp_path, every=1)) == 3
+
+
+def test_views_that_disagree_are_named(tmp_path):
+    everything = records(SHOWN)
+    moved = everything[4]  # camera 1, second instant
+    moved["joints_3d_camera"] = moved["joints_3d_camera"] * 1.01  # the same projection
+    with pytest.raises(ValueError, match=r"S9 Directions-1 image 6: .*disagree in the world, by \d\d mm"):
+        Human36M(write_toolbox(tmp_path, everything), every=1)
+    assert len(Human36M(tmp_path, every=2)) == 2  # what is not taken is not judged
+
+
+def test_karflys_order_and_units_are_checked_by_bones(tmp_path):
+    table = labels(SHOWN)
+    table["table"]["keypoints"] = table["table"]["keypoints"][:, TO_TOOLBOX]
+    with pytest.raises(ValueError, match=r"GTbboxes\.npy: wrong joint order"):
+        Human36M(write_karfly(tmp_path, table))
+    table = labels(SHOWN)
+    table["table"]["keypoints"] /= 1000
+    with pytest.raises(ValueError, match=r"GTbboxes\.npy: .*must be in mm"):
+        Human36M(write_karfly(tmp_path, table))
+
+
+@pytest.mark.parametrize("subject", people.SUBJECTS)
+def test_bones_are_shorter_in_their_own_order_in_every_action(subject):
+    X = np.stack([people.pose(subject, action, frame, 3) for action in people.ACTIONS for frame in (0, 40)])
+    for x in X:
+        _check_bones("own", x[None])
+        for order in (TO_KARFLY, TO_TOOLBOX):
+            with pytest.raises(ValueError, match="other: wrong joint order"):
+                _check_bones("other", x[None, order])
+
+
+# Pickles
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(marker):
+    """Pickles that would make a file, or more, and the name by which each is refused."""
+    command, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
+    for protocol in range(6):
+        yield pickle.dumps([Call(os.system, command)], protocol), r"(posix|nt)\.system"
+    yield pickle.dumps(Call(eval, code)), r"(builtins|__builtin__)\.eval"
+    yield pickle.dumps({"a": Call(exec, code)}, 2), r"__builtin__\.exec"
+    yield pickle.dumps(Call(getattr, {}, "keys")), r"(builtins|__builtin__)\.getattr"
+    yield pickle.dumps(Call(np.save, str(marker), 1)), r"numpy\.save"
+    yield pickle.dumps(Call(np.ndarray.tofile, np.zeros(3), str(marker))), r"getattr|ndarray\.tofile"
+    yield pickle.dumps(Call(np._core.multiarray._reconstruct, np.memmap, (0,), b"b")), r"numpy\.memmap"
+    yield pickle.dumps(Call(np.memmap, str(marker), "u1", "w+", 0, (3,))), r"numpy\.memmap"
+    yield b"cnumpy\ndtype.__class__\n.", r"numpy\.dtype\.__class__"
+    yield b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.dump\x93.", r"numpy\.ndarray\.dump"
+    yield f"(S'{command}'\nios\nsystem\n.".encode(), r"os\.system"  # INST
+    yield f"(cos\nsystem\nS'{command}'\no.".encode(), r"os\.system"  # OBJ
+    yield f"cnumpy._core.multiarray\nos.system\n(S'{command}'\ntR.".encode(), r"multiarray\.os\.system"
+    yield f"cnumpy\nndarray\n(S'{command}'\ntR.".encode(), "not callable"
+    yield f"c_codecs\nencode\n(NN(dS'__code__'\nS'{command}'\nstb.".encode(), ""
+
+
+def test_hostile_pickles_are_refused_by_name_and_run_nothing(tmp_path):
+    marker = tmp_path / "marker"
+    for number, (data, name) in enumerate(hostile(marker)):
+        for write, file in ((write_toolbox, r"h36m_validation\.pkl"), (write_karfly, r"GTbboxes\.npy")):
+            path = write(tmp_path / f"{number}" / write.__name__, data)
+            with pytest.raises(ValueError, match=f"(?s){file}.*{name}"):
+                Human36M(path)
+            assert not marker.exists(), data
+    pickle.loads(next(hostile(marker))[0])  # they would have
+    assert marker.exists()
+
+
+class Forged:
+    """A dtype that lies about its objects or their place; numpy believes it."""
+
+    def __init__(self, dtype, offset):
+        self.state = 3, "|", None, ("a",), {"a": (np.dtype(dtype), offset)}, 8, 1, 0
+
+    def __reduce__(self):
+        return np.dtype, ("V8", False, True), self.state
+
+
+class Array:
+    """Eight bytes that the dtype explains."""
+
+    def __init__(self, dtype):
+        self.state = 1, (1,), dtype, False, b"12345678"
+
+    def __reduce__(self):
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), self.state
+
+
+def test_dtypes_cannot_lie(tmp_path):
+    trusting = pickle.loads(pickle.dumps(Forged("O", 0)))
+    assert trusting["a"] == object and not trusting.hasobject  # bytes would be taken for the address of an object
+    for dtype in (Forged("O", 0), Forged("f8", 1 << 30)):
+        for content in (
+            Call(np._core.multiarray.scalar, dtype, b"12345678"),
+            Call(np._core.numeric._frombuffer, b"12345678", dtype, (1,), "C"),
+            Array(dtype),
+        ):
+            with pytest.raises(ValueError, match="not a pickle of arrays"):
+                Human36M(write_toolbox(tmp_path, pickle.dumps([content])))
+    with pytest.raises(ValueError, match="record 0: expected"):  # an honest one is read
+        Human36M(write_toolbox(tmp_path, pickle.dumps([Array(Forged("f8", 0))])))
+
+
+class Python2(pickle._Pickler):
+    """Writes bytes and text as Python 2 wrote its strings."""
+
+    def save(self, obj, save_persistent_id=True):
+        if not isinstance(obj, bytes | str) or self.memo.get(id(obj)):
+            return super().save(obj, save_persistent_id)
+        data = obj if isinstance(obj, bytes) else obj.encode("latin1")
+        self.write(b"T" + len(data).to_bytes(4, "little") + data)
+        return self.memoize(obj)
+
+
+def python2(content):
+    stream = io.BytesIO()
+    Python2(stream, 2).dump(content)
+    return stream.getvalue().replace(b"numpy._core.", b"numpy.core.")
+
+
+ARRAYS = [
+    np.arange(6.0).reshape(2, 3),
+    np.arange(24, dtype=">i4").reshape(2, 3, 4).transpose(1, 0, 2),
+    np.asfortranarray(np.eye(3, 2, dtype=np.float32)),
+    np.array(["ab", "c"]),
+    np.array([1, "x", None], object),
+    np.zeros(2, np.dtype([("a", "<i2", (2, 2)), ("b", "f4")], align=True)),
+    np.float64(0.5),
+    np.int8(-3),
+    np.bool_(True),
+]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, "Python 2", "old numpy"])
+def test_pickles_of_all_ages_are_read(tmp_path, protocol):
+    old = {"Python 2": python2, "old numpy": lambda c: pickle.dumps(c, 3).replace(b"numpy._core.", b"numpy.core.")}
+    write = old.get(protocol) or (lambda content: pickle.dumps(content, protocol))
+    file = tmp_path / "arrays.pkl"
+    file.write_bytes(write([ARRAYS, {"a": (1, 2.5, None, True, "é"), "b": b"\xff\0"}]))
+    arrays, rest = _unpickle(file)
+    for one, other in zip(arrays, ARRAYS, strict=True):
+        assert one.dtype == other.dtype.newbyteorder("=") or protocol == 5  # as numpy itself reads them
+        assert one.shape == other.shape
+        np.testing.assert_array_equal(one, other)
+    assert rest == {"a": (1, 2.5, None, True, "é"), "b": "\xff\0" if protocol == "Python 2" else b"\xff\0"}
+    write_toolbox(tmp_path / "a", write(records(SHOWN)))
+    write_karfly(tmp_path / "b", write(np.array(labels(SHOWN))))
+    for path in (tmp_path / "a", tmp_path / "b"):
+        data = Human36M(path, every=1)
+        assert np.abs(data.joints_3d - np.stack([body(instant) for instant in SHOWN])).max() < 1e-6
+
+
+# Faults, each told by its name
+
+
+def fault(path, pattern, error=ValueError, **arguments):
+    with pytest.raises(error, match=pattern):
+        Human36M(path, **arguments)
+
+
+def test_faults_of_arguments_are_named(layouts):
+    path = layouts["folder"]
+    fault(path, "unknown split 'validation': there are train, test", split="validation")
+    fault(path, r"subjects of 'test' are \(9, 11\), got \(1,\)", subjects=(1,))
+    fault(path, r"subjects of 'test'", subjects=())
+    for name in ("every", "size"):
+        for value in (0, -1, 2.0):
+            fault(path, f"{name} must be an integer", **{name: value})
+    fault(path, r"neither annot/h36m_train\.pkl nor", FileNotFoundError, split="train")
+    with pytest.raises(IndexError):
+        Human36M(path)[1]
+
+
+def test_faults_of_the_folder_are_named(tmp_path):
+    fault(tmp_path / "none", "none: neither annot/h36m_validation.pkl nor extra/human36m", FileNotFoundError)
+    write_toolbox(tmp_path / "a", records(SHOWN)).joinpath("images").rmdir()
+    fault(tmp_path / "a", r"no images or images\.zip beside .*h36m_validation\.pkl", FileNotFoundError)
+    write_karfly(tmp_path / "b", labels(SHOWN)).joinpath("processed").rmdir()
+    fault(tmp_path / "b", r"no processed beside .*GTbboxes\.npy", FileNotFoundError)
+    write_toolbox(tmp_path / "b", records(SHOWN))
+    fault(tmp_path / "b", r"several files.*validation\.pkl.*GTbboxes\.npy")
+
+
+def test_annotations_may_lie_in_the_folder_itself(tmp_path):
+    shutil.move(write_toolbox(tmp_path / "a", records(SHOWN)) / "annot" / "h36m_validation.pkl", tmp_path / "a")
+    write_karfly(tmp_path / "b", labels(SHOWN), "human36m-multiview-labels-GTbboxes.npy")
+    write_karfly(tmp_path / "b", labels(SHOWN[:1]), "extra/human36m-multiview-labels-SSDbboxes.npy")  # a detector's
+    for path in (tmp_path / "a", tmp_path / "b"):
+        assert len(Human36M(path, every=1)) == 3
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1, -1000])
+def test_truncated_annotations_are_named(tmp_path, cut):
+    data = pickle.dumps(records(SHOWN))
+    fault(write_toolbox(tmp_path, data[:cut]), r"h36m_validation\.pkl is not a pickle of arrays and plain containers")
+    data = pickle.dumps(np.array(labels(SHOWN)))
+    fault(write_karfly(tmp_path / "b", data[:cut]), r"GTbboxes\.npy is not a pickle of arrays and plain containers")
+
+
+def test_other_npy_files_are_named(tmp_path):
+    path = write_karfly(tmp_path, labels(SHOWN))
+    file = path / "extra" / "human36m-multiview-labels-GTbboxes.npy"
+    for content in (np.zeros(3), {"a": 1}, [1, 2], {**labels(SHOWN), "table": np.zeros(3)}):
+        np.save(file, content)
+        fault(path, r"GTbboxes\.npy(: | is )not (the labels|a pickle)")
+    file.write_bytes(b"no numpy file")
+    fault(path, r"GTbboxes\.npy")
+    content = labels(SHOWN)
+    content["camera_names"][2] = "12345678"
+    np.save(file, content)
+    fault(path, r"GTbboxes\.npy: not the labels.*58860488")
+
+
+def broken(field, value, camera=False):
+    content = records(SHOWN)
+    if camera:
+        content[7]["camera"] = content[7]["camera"] | {field: value}
+    else:
+        content[7][field] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    "content, pattern",
+    [
+        (lambda: {"a": 1}, "expected a list of dicts"),
+        (list, "nothing left"),
+        (lambda: [1], "record 0: expected a list of dicts"),
+        (lambda: without("joints_2d"), "record 0: missing joints_2d"),
+        (lambda: without("box", "scale"), "record 0: missing scale"),
+        (lambda: broken("camera_id", 4), r"record 7: .*camera_id 0 to 3: .* are \[9, 2, 1, 6, 4\]"),
+        (lambda: broken("subject", "S9"), "record 7: expected whole numbers"),
+        (lambda: broken("action", 1), "record 7: .*action 2 to 16"),
+        (lambda: records(SHOWN) + records(SHOWN)[5:6], "S11 Waiting-2 image 1, camera 55011271: there are two"),
+        (lambda: broken("joints_3d_camera", np.zeros((16, 3))), r"58860488: joints_3d_camera .*\(17, 3\)"),
+        (lambda: broken("joints_2d", np.full((17, 2), np.nan)), "image 6, camera 58860488: joints_2d .*not finite"),
+        (lambda: broken("joints_2d", None), "image 6, camera 58860488: joints_2d must be numbers"),
+        (lambda: broken("scale", (np.nan, 1)), "image 6.*scale has a number that is not finite"),
+        (lambda: broken("camera", None), "image 6, camera 58860488: R must be numbers"),
+        (lambda: broken("R", np.ones((3, 3)), True), "image 6, camera 58860488: .*R is not a rotation"),
+        (lambda: broken("fx", np.zeros(2), True), "image 6, camera 58860488: fx must be numbers"),
+    ],
+)  # fmt: skip
+def test_faults_of_records_are_named(tmp_path, content, pattern):
+    fault(write_toolbox(tmp_path, content()), rf"(?s)h36m_validation\.pkl.*{pattern}", every=1)
