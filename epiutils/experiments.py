@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from epiutils.dataset import CACHE, Benchmark, MultiView
 from epiutils.files import replacing
-from epiutils.heatmaps import joints_mse
+from epiutils.heatmaps import hrnet_targets, joints_mse
 from epiutils.hrnet import load_checkpoint, normalise
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.training import predict
@@ -47,11 +47,14 @@ def heatmaps_once(
         benchmark.prepare(progress=progress, only=chosen)
         data = MultiView(torch.utils.data.Subset(benchmark, chosen))
         predicted = predict(load_checkpoint(CHECKPOINTS[point]), data, workers=1, progress=progress)
-        predicted["output"] = predicted["output"].half()
+        kept = predicted | {"output": predicted["output"].half()}
+        del kept["target"]
         with replacing(path) as part:
-            torch.save(predicted, part)
+            torch.save(kept, part)
     predicted = torch.load(path, weights_only=True)
-    return predicted | {"output": predicted["output"].float()}
+    output = predicted["output"].float()
+    target, _ = hrnet_targets(predicted["joints"], output.shape[-2:])
+    return predicted | {"output": output, "target": target}
 
 
 class HeatmapPairs(torch.utils.data.Dataset):

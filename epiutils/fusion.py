@@ -44,9 +44,11 @@ class OriginalFusion(nn.Module):
             raise ValueError(
                 f"source heatmaps must be (..., {self.shape[0]}, {self.shape[1]}), got {tuple(source.shape)}"
             )
-        padded = nn.functional.pad(source, (1, 1, 1, 1))  # (..., H + 2, W + 2)
+        width = self.shape[1] + 2
+        padded = nn.functional.pad(source, (1, 1, 1, 1)).flatten(-2)  # (..., (H + 2) · (W + 2))
         rows, columns = self.coordinates.unbind(-1)
-        window = [padded[..., rows + u, columns + v] for u in range(3) for v in range(3)]  # nine of (..., H·W)
+        at = rows * width + columns  # of the window's top-left corner
+        window = [padded.index_select(-1, at + u * width + v) for u in range(3) for v in range(3)]  # nine of (..., H·W)
         return sum(w * x for w, x in zip(self.weight.flatten(), window, strict=True)).unflatten(-1, self.shape)
 
     def forward(self, source: Tensor, reference: Tensor, F: Tensor | Pencil) -> Tensor:

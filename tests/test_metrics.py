@@ -1,0 +1,260 @@
+"""Found joints against HRNet's accuracy, the bootstrap against every resample there is, against SciPy and by coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from epiutils.heatmaps import accuracy, pck
+from epiutils.metrics import bootstrap, found, joint_mean
+
+SHAPE = (40, 66)
+
+
+def maps(seed, batch=9, joints=5, moved=3):
+    """Targets of one peak each, and outputs whose peaks are up to `moved` px off each way: a third are right."""
+    rng = np.random.default_rng(seed)
+    target, output = np.zeros((2, batch, joints, *SHAPE), np.float32)
+    for b, j in np.ndindex(batch, joints):
+        y, x = rng.integers(0, SHAPE)
+        dy, dx = rng.integers(-moved, moved + 1, 2)
+        target[b, j, y, x] = 1
+        output[b, j, min(max(y + dy, 0), SHAPE[0] - 1), min(max(x + dx, 0), SHAPE[1] - 1)] = 0.3
+    return output, target
+
+
+def literal_found(output, target):
+    right = np.full(output.shape[:2], math.nan)
+    for b, j in np.ndindex(*right.shape):
+        (y, x), (y0, x0) = (np.unravel_index(m[b, j].argmax(), SHAPE) for m in (output, target))
+        if x0 > 1 and y0 > 1:  # HRNet's order: x in tenths of the height, y in tenths of the width
+            right[b, j] = math.hypot((x - x0) / (SHAPE[0] / 10), (y - y0) / (SHAPE[1] / 10)) < 0.5
+    return right
+
+
+def literal_joint_mean(values):
+    columns = [[v for v in column if not math.isnan(v)] for column in values.reshape(-1, values.shape[-1]).T]
+    means = [sum(column) / len(column) for column in columns if column]
+    return sum(means) / len(means) if means else math.nan
+
+
+def outcomes(seed, scenes=30, views=(4, 3), joints=5, missing=0.2, harder=1.5):
+    """Right and wrong joints (N, ..., J), alike within a scene as some scenes are hard; some are left out."""
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(0.5, harder, (scenes, *[1] * (len(views) + 1))) + rng.normal(0, 1, joints)
+    right = (rng.random((scenes, *views, joints)) < 1 / (1 + np.exp(-logit))).astype(float)
+    return np.where(rng.random(right.shape) < missing, np.nan, right)
+
+
+def every_resample(values, against=None):
+    """The statistic of all N^N equally likely draws of N scenes, sorted; those without a number are left out."""
+    n = len(values)
+    draws = [list(draw) for draw in itertools.product(range(n), repeat=n)]
+    scores = [literal_joint_mean(values[d]) - (0 if against is None else literal_joint_mean(against[d])) for d in draws]
+    return np.sort([s for s in scores if not math.isnan(s)])
+
+
+# Which joints are found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_found_is_hrnets_rule_written_out(seed):
+    output, target = maps(seed)
+    right = found(output, target)
+    np.testing.assert_array_equal(right, literal_found(output, target))
+    assert set(right[~np.isnan(right)]) == {0, 1} and np.isnan(right).any()
+    np.testing.assert_array_equal(found(torch.from_numpy(output), torch.from_numpy(target)), right)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_joint_mean_of_found_is_accuracy_and_the_mean_of_what_counts_is_pck(seed):
+    output, target = maps(seed)
+    target[:, 1] = 0  # a joint without samples
+    target[:6, 2], output[:, 2] = 0, 0  # and one with few, all wrong, so that the two means differ
+    right = found(output, target)
+    assert joint_mean(right) == pytest.approx(accuracy(output, target), abs=1e-12)
+    assert np.nanmean(right) == pytest.approx(pck(output, target), abs=1e-12)
+    assert abs(joint_mean(right) - np.nanmean(right)) > 1e-3
+
+
+def test_a_joint_that_is_not_counted_is_neither_right_nor_wrong():
+    output, target = np.zeros((2, 1, 4, *SHAPE), np.float32)
+    for j, (y, x) in enumerate([(9, 1), (1, 9), (2, 2)]):  # x ≤ 1, y ≤ 1, counted, and an empty target
+        output[0, j, y, x] = target[0, j, y, x] = 1
+    np.testing.assert_array_equal(found(output, target), [[math.nan, math.nan, 1, math.nan]])
+
+
+def test_where_nothing_is_counted_there_is_no_number():
+    nothing = found(*np.zeros((2, 3, 4, *SHAPE)))
+    assert nothing.shape == (3, 4) and np.isnan(nothing).all()
+    assert math.isnan(joint_mean(nothing)) and math.isnan(joint_mean(np.empty((0, 4))))
+    assert all(math.isnan(end) for end in bootstrap(nothing))
+    assert all(math.isnan(end) for end in bootstrap(nothing, np.ones((3, 4))))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 3), (6, 2, 5), (2, 3, 4, 2)])
+def test_joint_mean_is_the_literal_one_whatever_leads(shape):
+    rng = np.random.default_rng(len(shape))
+    values = np.where(rng.random(shape) < 0.3, np.nan, rng.normal(size=shape))
+    values[..., 0] = math.nan  # a column of nan is no joint
+    before = values.copy()
+    assert joint_mean(values) == pytest.approx(literal_joint_mean(values), abs=1e-12)
+    np.testing.assert_array_equal(values, before)
+
+
+def test_every_joint_weighs_the_same_however_often_it_is_counted():
+    values = np.full((10, 2), math.nan)
+    values[:, 0], values[3, 1] = 0, 1
+    assert joint_mean(values) == 0.5
+
+
+# The interval
+
+
+@pytest.mark.parametrize("level", [0.95, 0.6])
+@pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ends_are_quantiles_of_every_resample_there_is(seed, paired, level):
+    """Scenes without a number, joints without one, and draws of nothing but empty scenes: all in 4⁴ resamples."""
+    values, against = outcomes(seed, 4, (2,), 3, 0.4) + np.random.default_rng(seed).normal(0, 0.1, (2, 4, 2, 3))
+    values[0], values[1:, :, 2] = math.nan, math.nan  # scene 0, joint 2; 1 of 256 draws is scene 0 alone
+    against = against if paired else None
+    exact, draws = every_resample(values, against), 20_000
+    for p, end in zip(((1 - level) / 2, (1 + level) / 2), bootstrap(values, against, level, draws), strict=True):
+        noise = 4.5 * math.sqrt(p * (1 - p) / draws)
+        assert np.mean(exact < end - 1e-9) < p + noise and np.mean(exact <= end + 1e-9) > p - noise
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
+@pytest.mark.parametrize("seed", range(2))
+def test_scipys_percentile_interval_is_the_same_but_for_chance(seed, paired):
+    values, better = outcomes(seed), outcomes(seed + 10)
+    against = np.where(np.random.default_rng(seed).random(values.shape) < 0.8, values, better) if paired else None
+    statistic = lambda i: joint_mean(values[i]) - (joint_mean(against[i]) if paired else 0)
+    expected = stats.bootstrap((np.arange(len(values)),), statistic, vectorized=False, method="percentile",
+                               n_resamples=1500, confidence_level=0.9, rng=seed).confidence_interval  # fmt: skip
+    ours = bootstrap(values, against, 0.9, 20_000)
+    np.testing.assert_allclose(ours, expected, atol=0.06 * (expected.high - expected.low))  # about 5 deviations
+
+
+def test_two_scenes_in_closed_form():
+    """Draws are {A, A}, {A, B} or {B, B} with chances ¼, ½, ¼; a draw pools its samples, it averages no averages."""
+    values = np.array([[1, math.nan, math.nan], [0, 0, 0]])[..., None]
+    assert bootstrap(values, level=0.4) == (0.25, 0.25)
+    assert bootstrap(values, level=0.95) == (0, 1)
+    assert bootstrap(values, 1 - values, level=0.4) == (-0.5, -0.5)
+    assert bootstrap(values, 1 - values, level=0.95) == (-1, 1)
+
+
+def test_many_scenes_come_to_the_normal_interval():
+    n, p = 1000, 0.3
+    values = (np.arange(n) < p * n).astype(float)[:, None]
+    reach = stats.norm.ppf(0.95) * math.sqrt(p * (1 - p) / n)
+    np.testing.assert_allclose(bootstrap(values, level=0.9, draws=4000), (p - reach, p + reach), atol=0.1 * reach)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
+def test_nine_of_ten_intervals_hold_the_truth_but_not_where_samples_of_a_scene_are_drawn_apart(paired):
+    """Simulated: a joint is found where its ease exceeds the view's difficulty, which half of a scene's views share.
+
+    The seeds are fixed, so nothing is left to chance; 200 exact intervals would hold the truth in 0.9 ± 0.04.
+    """
+    scenes, views, runs = 40, 6, 200
+    ease = np.array([0.5, 0.7, 0.2])
+    truth = ease.mean() - (0.25 if paired else 0)
+    covered = np.zeros((2, runs))
+    for run in range(runs):
+        rng = np.random.default_rng(run)
+        shared, own = rng.random((scenes, 1, 1)), rng.random((scenes, views, 1))
+        values = (np.where(rng.random((scenes, views, 1)) < 0.5, shared, own) < ease).astype(float)
+        against = (rng.random((scenes, 1, 1)) < [0.25] * 3).repeat(views, 1).astype(float) if paired else None
+        apart = [None if v is None else v.reshape(-1, 3) for v in (values, against)]
+        for k, given in enumerate(((values, against), apart)):
+            low, high = bootstrap(*given, level=0.9, draws=300, seed=run)
+            covered[k, run] = low <= truth <= high
+    whole, wrong = covered.mean(1)
+    assert 0.84 < whole < 0.95 and wrong < 0.8
+
+
+def test_paired_intervals_are_narrow_for_methods_that_fail_alike():
+    for seed in range(5):
+        values = outcomes(seed, missing=0)
+        repaired = np.where(np.random.default_rng(seed).random(values.shape) < 0.1, 1.0, values)
+        low, high = bootstrap(repaired, values)
+        alone = [np.diff(bootstrap(v))[0] for v in (repaired, values)]
+        assert 0 < low < joint_mean(repaired) - joint_mean(values) < high
+        assert high - low < 0.5 * math.hypot(*alone)  # the width of the difference were they independent
+        strangers = np.diff(bootstrap(values, outcomes(seed + 10, missing=0)))[0]
+        assert strangers > 0.7 * math.hypot(*alone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_obeys_the_arithmetic_of_means(seed):
+    values, against = outcomes(seed), outcomes(seed + 10)
+    low, high = bootstrap(values, seed=seed)
+    assert low < joint_mean(values) < high
+    assert bootstrap(values, values.copy(), seed=seed) == (0, 0)
+    np.testing.assert_allclose(bootstrap(3 * values - 2, seed=seed), (3 * low - 2, 3 * high - 2))
+    np.testing.assert_allclose(bootstrap(values + 0.25, values, seed=seed), (0.25, 0.25))
+    np.testing.assert_allclose(bootstrap(values, 0 * against, seed=seed), (low, high))
+    low, high = bootstrap(values, against, seed=seed)
+    np.testing.assert_allclose(bootstrap(against, values, seed=seed), (-high, -low), atol=1e-12)
+
+
+def test_scenes_are_drawn_as_wholes():
+    values = outcomes(0, views=(4, 3))
+    interval = bootstrap(values)
+    assert bootstrap(np.concatenate([values, values], axis=2)) == interval
+    assert bootstrap(values.reshape(30, 12, 5)) == interval
+    assert bootstrap(values[:, ::-1]) == interval
+    once = bootstrap(values[:, :1], values[:, :1, :1])
+    np.testing.assert_allclose(bootstrap(values[:, :1], values[:, :1, :1].repeat(3, 2)), once)  # other inner shapes
+    twice_the_scenes = np.diff(bootstrap(np.concatenate([values, values]), draws=4000))
+    assert twice_the_scenes / np.diff(bootstrap(values, draws=4000)) == pytest.approx(math.sqrt(0.5), abs=0.06)
+
+
+def test_joints_change_places_and_empty_ones_change_nothing():
+    values = outcomes(1)
+    interval = bootstrap(values)
+    np.testing.assert_allclose(bootstrap(values[..., ::-1]), interval)
+    empty = np.full((*values.shape[:-1], 2), np.nan)
+    np.testing.assert_allclose(bootstrap(np.concatenate([empty, values], -1)), interval)
+
+
+def test_one_scene_has_no_spread_and_a_higher_level_is_wider():
+    one = outcomes(2, scenes=1)
+    np.testing.assert_allclose(bootstrap(one), [joint_mean(one)] * 2)
+    values = outcomes(2)
+    ends = [bootstrap(values, level=level) for level in (0.5, 0.8, 0.95, 0.99)]
+    assert all(b[0] < a[0] < a[1] < b[1] for a, b in itertools.pairwise(ends))
+    low, high = bootstrap(values, level=0)
+    assert low == high  # the median
+
+
+def test_a_scene_where_nothing_is_counted_gives_no_nan():
+    """A quarter of the draws of two scenes count nothing and are left out; the others say the same."""
+    values = outcomes(3, scenes=2, missing=0)
+    values[1] = math.nan
+    np.testing.assert_allclose(bootstrap(values), [joint_mean(values)] * 2)
+    np.testing.assert_allclose(bootstrap(np.zeros_like(values), values), [-joint_mean(values)] * 2)
+
+
+def test_the_seed_alone_decides():
+    values = outcomes(4)
+    before = values.copy()
+    state = np.random.get_state()[1].copy()
+    assert bootstrap(values) == bootstrap(values, seed=0) != bootstrap(values, seed=1)
+    np.testing.assert_array_equal(values, before)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    assert all(type(end) is float for end in bootstrap(values))
+    widths = [np.diff(bootstrap(values, draws=4000, seed=seed))[0] for seed in range(4)]
+    assert np.ptp(widths) < 0.15 * np.mean(widths)
+
+
+def test_methods_without_scenes_or_of_other_scenes_are_refused():
+    for wrong, message in (((outcomes(0), outcomes(0, scenes=29)), r"\[30, 29\]"), ((np.empty((0, 4, 5)),), r"\[0\]")):
+        with pytest.raises(ValueError, match=f"the same scenes, at least one, got {message}"):
+            bootstrap(*wrong)
