@@ -1,4 +1,4 @@
-"""What the notebooks' experiments share: heatmaps computed once, pairs of views, modules trained and scored on them.
+"""What the notebooks' experiments share: heatmaps computed once, pairs and sets of views, modules trained and scored.
 
 A frozen backbone gives the same heatmaps at every iteration: they are computed once a checkpoint and split, kept in
 the cache, and the nine weights train on them a hundred times faster than through the network.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from epiutils.dataset import CACHE, Benchmark, MultiView
 from epiutils.files import replacing
-from epiutils.heatmaps import hrnet_targets, joints_mse
+from epiutils.heatmaps import hit_loss, hrnet_targets, joints_mse, position_cross_entropy
 from epiutils.hrnet import load_checkpoint, normalise
+from epiutils.human36m import Human36M
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.training import predict
 
@@ -30,23 +31,40 @@ CHECKPOINTS = {
 PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of four views
 
 
-def heatmaps_once(
-    point: str, split: str = "test", scenes: slice = slice(None), progress: bool = True
-) -> dict[str, Tensor]:
-    """What the backbone of an operating point sees in a split of the benchmark: `training.predict`, kept in the cache.
+def open_split(split: str, dataset: str = "") -> Sequence:
+    """Subject 1 ("train") or 9 ("test"), as the original had them: of the benchmark, or of Human3.6M in that folder."""
+    if not dataset:
+        return Benchmark(split)
+    return Human36M(dataset, split, subjects={"train": (1,), "test": (9,)}[split])
 
-    point: "original" (about 46 %) or "best".  scenes: some of them.  The maps, `output` (N, V, J, 64, 64), are kept
-    in half precision and given in single.  Another checkpoint, renderer or choice of instants has a file of its own.
+
+def choose(scenes: Sequence, wanted: int | slice = slice(None)) -> range:
+    """Indices of the wanted instants: a slice of them, or that many, evenly spread (all where there are fewer)."""
+    if isinstance(wanted, slice):
+        return range(len(scenes))[wanted]
+    return range(0, len(scenes), max(1, len(scenes) // wanted))[:wanted]
+
+
+def heatmaps_once(
+    point: str, split: str = "test", scenes: int | slice = slice(None), progress: bool = True, dataset: str = ""
+) -> dict[str, Tensor]:
+    """What the backbone of an operating point sees in a split: `training.predict`, kept in the cache.
+
+    point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
+    scenes: see `choose`.  The maps, `output` (N, V, J, 64, 64), are kept in half precision and given in single.
+    Another checkpoint, renderer, dataset or choice of instants has a file of its own.
     """
-    benchmark = Benchmark(split)
-    chosen = range(len(benchmark))[scenes]
-    content = repr((benchmark.folder.name, split, [benchmark.instants[i] for i in chosen]))
-    sha = hashlib.sha256(CHECKPOINTS[point].read_bytes() + content.encode())
-    path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"heatmaps-{point}-{split}-{sha.hexdigest()[:12]}.pt"
+    checkpoint, data = Path(CHECKPOINTS.get(point, point)), open_split(split, dataset)
+    chosen = choose(data, scenes)
+    source = data.folder.name if isinstance(data, Benchmark) else f"{data.file.name} {data.file.stat().st_mtime_ns}"
+    content = repr((source, split, [data.instants[i] for i in chosen]))
+    sha = hashlib.sha256(checkpoint.read_bytes() + content.encode())
+    path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"heatmaps-{checkpoint.stem}-{split}-{sha.hexdigest()[:12]}.pt"
     if not path.exists():
-        benchmark.prepare(progress=progress, only=chosen)
-        data = MultiView(torch.utils.data.Subset(benchmark, chosen))
-        predicted = predict(load_checkpoint(CHECKPOINTS[point]), data, workers=1, progress=progress)
+        if isinstance(data, Benchmark):
+            data.prepare(progress=progress, only=chosen)
+        views = MultiView(torch.utils.data.Subset(data, chosen))
+        predicted = predict(load_checkpoint(checkpoint), views, workers=1, progress=progress)
         kept = predicted | {"output": predicted["output"].half()}
         del kept["target"]
         with replacing(path) as part:
@@ -76,6 +94,20 @@ class HeatmapPairs(torch.utils.data.Dataset):
         return maps | truth | {"F": self.predicted["F"][scene, s, r]}
 
 
+class HeatmapScenes(torch.utils.data.Dataset):
+    """All views of an instant together, of what `predict` gives: heatmaps, target, weight and F of each instant."""
+
+    def __init__(self, predicted: dict[str, Tensor]):
+        self.predicted = predicted
+
+    def __len__(self) -> int:
+        return len(self.predicted["output"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        truth = {key: self.predicted[key][index] for key in ("target", "weight", "F")}
+        return {"heatmaps": self.predicted["output"][index]} | truth
+
+
 class PicturePairs(torch.utils.data.Dataset):
     """The same pairs as pictures: source and reference (H, W, 3) uint8, for a backbone that trains."""
 
@@ -95,20 +127,53 @@ class PicturePairs(torch.utils.data.Dataset):
 
 
 class FusedNetwork(nn.Module):
-    """A backbone and a fusion module: two pictures of each pair become one fused heatmap for each joint."""
+    """A backbone and a fusion module: pictures become heatmaps, and these fused ones.
 
-    def __init__(self, network: nn.Module, fusion: nn.Module):
+    frozen_statistics: batch normalisation keeps its running statistics, and uses them, also in training mode.
+    """
+
+    def __init__(self, network: nn.Module, fusion: nn.Module, frozen_statistics: bool = False):
         super().__init__()
-        self.network, self.fusion = network, fusion
+        self.network, self.fusion, self.frozen_statistics = network, fusion, frozen_statistics
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        super().train(mode)
+        for module in self.network.modules() if self.frozen_statistics else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def forward(self, source: Tensor, reference: Tensor, F: Tensor) -> Tensor:
+        """One fused heatmap a joint from the two pictures of each pair."""
         maps = self.network(normalise(torch.cat([source, reference])))
         return self.fusion(*maps.chunk(2), F)
+
+    def all_views(self, images: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's heatmaps of all views, and those fused with each other: images (B, V, …) → (B, V, J, h, w)."""
+        maps = self.network(normalise(images)).unflatten(0, images.shape[:2])
+        return maps, self.fusion.all_views(maps, F)
 
 
 def fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
     """HRNet's loss of the fused heatmaps, for `training.train`; the module takes heatmaps, or pictures."""
     return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
+
+
+def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """Of all views fused with each other: how improbable the right places are, `heatmaps.hit_loss`, for `train`.
+
+    module: has `all_views` and `sharpness`, as `RepairedFusion`, and a batch of `HeatmapScenes`.
+    """
+    fused = module.all_views(batch["heatmaps"], batch["F"])
+    return hit_loss(module.sharpness * fused, batch["target"], batch["weight"])
+
+
+def free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """`views_loss` through the backbone, and HRNet's own losses on its unfused heatmaps beside it; of `MultiView`."""
+    maps, fused = model.all_views(batch["image"], batch["F"])
+    truth = batch["target"], batch["weight"]
+    alone = 100 * joints_mse(maps, *truth) + 0.25 * position_cross_entropy(maps, *truth)
+    return hit_loss(model.fusion.sharpness * fused, *truth) + alone
 
 
 def watch(module: nn.Module) -> dict[str, float]:
@@ -143,6 +208,23 @@ def score(
     return {"found": right, "visible": visible}
 
 
+@torch.no_grad()
+def fuse_views(module: nn.Module | None, predicted: dict[str, Tensor], chosen: Sequence[int] | None = None) -> Iterator:
+    """Every chosen instant's heatmaps (V, J, H, W), all views fused with each other by `module.all_views`, in order.
+
+    module: None for the heatmaps alone.
+    """
+    output, F = predicted["output"], predicted["F"]
+    for n in range(len(output)) if chosen is None else chosen:
+        yield output[n] if module is None else module.all_views(output[n : n + 1], F[n : n + 1])[0]
+
+
+def score_views(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Which joints are found where all views are fused with each other: found and visible (N, V, J)."""
+    right = [found(maps, target) for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True)]
+    return {"found": np.stack(right), "visible": predicted["visible"].numpy()}
+
+
 def summary(scored: dict[str, np.ndarray]) -> dict[str, float | tuple[float, float]]:
     """Of what `score` returns: HRNet's accuracy, its 95 % interval over scenes, and that of visible and hidden joints."""
     values, visible = scored["found"], scored["visible"]
@@ -154,8 +236,10 @@ def summary(scored: dict[str, np.ndarray]) -> dict[str, float | tuple[float, flo
     }
 
 
-def training_pictures(split: str = "train", scenes: slice = slice(None)) -> PicturePairs:
+def training_pictures(split: str = "train", scenes: int | slice = slice(None), dataset: str = "") -> PicturePairs:
     """Pairs of pictures of a split, without augmentation as in the original."""
-    benchmark = Benchmark(split)
-    chosen = range(len(benchmark))[scenes]
-    return PicturePairs(MultiView(torch.utils.data.Subset(benchmark.prepare(only=chosen), chosen)))
+    data = open_split(split, dataset)
+    chosen = choose(data, scenes)
+    if isinstance(data, Benchmark):
+        data.prepare(only=chosen)
+    return PicturePairs(MultiView(torch.utils.data.Subset(data, chosen)))

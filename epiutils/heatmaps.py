@@ -6,6 +6,8 @@ heatmap pixel i lies at input pixel 4 i (`HEATMAP_FROM_INPUT`).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -123,6 +125,25 @@ def position_cross_entropy(output: Tensor, target: Tensor, weight: Tensor, sharp
     log_q = nn.functional.log_softmax(sharpness * target.float().flatten(-2), -1)
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
     return (divergence * weight).sum() / weight.sum().clamp_min(1)
+
+
+def hit_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """−log of the probability that the joint is where HRNet's accuracy counts it as right.
+
+    −log Σ p[x] over the pixels x less than half of a tenth of the map from the target's highest pixel, with
+    p = softmax(logits); averaged over the joints with weight > 0.  It asks for the right place, not for a shape.
+
+    logits, target: (..., J, H, W).  weight: (..., J).  Returns a scalar.
+    """
+    height, width = target.shape[-2:]
+    index = target.flatten(-2).argmax(-1)  # (..., J)
+    x, y = (torch.arange(n, device=target.device) for n in (width, height))
+    dx = (x - index[..., None] % width) / (height / 10)  # HRNet's own order of the units: see `hrnet_distances`
+    dy = (y - index[..., None] // width) / (width / 10)
+    near = (dy**2)[..., :, None] + (dx**2)[..., None, :] < 0.25  # (..., J, H, W)
+    log_p = nn.functional.log_softmax(logits.float().flatten(-2), -1)
+    hit = log_p.masked_fill(~near.flatten(-2), -math.inf).logsumexp(-1)  # (..., J)
+    return -(hit * weight).sum() / weight.sum().clamp_min(1)
 
 
 def _hrnet_points(heatmaps: np.ndarray) -> np.ndarray:
