@@ -142,16 +142,13 @@ class RepairedFusion(nn.Module):
         the `Pencil` that `view_pairs` of it gives.  present: (B, V) bool; a view that is missing gives nothing and gets
         what the others say of it.  Returns (B, V, J, H, W).
         """
-        B, V = heatmaps.shape[:2]
-        source, reference = zip(*itertools.permutations(range(V), 2), strict=True)
         if present is not None:
             heatmaps = heatmaps.masked_fill(~present[:, :, None, None, None], 0.0)
         weighed = self.weigh(heatmaps)
-        said = self._said(weighed, present)[:, source].flatten(0, 1)  # (B · V (V − 1), J, H, W)
+        said = of_sources(self._said(weighed, present)).flatten(0, 1)  # (B · V (V − 1), J, H, W)
         F = F if isinstance(F, Pencil) else view_pairs(F)
-        ridges = self._ridges(said, F, tuple(heatmaps.shape[-2:])).unflatten(0, (B, -1))
-        index = torch.tensor(reference, device=ridges.device)
-        return weighed + self.gain / self.sharpness * torch.zeros_like(weighed).index_add(1, index, ridges)
+        ridges = self._ridges(said, F, tuple(heatmaps.shape[-2:])).unflatten(0, (len(heatmaps), -1))
+        return weighed + self.gain / self.sharpness * sum_at_references(ridges)
 
     def weigh(self, heatmaps: Tensor) -> Tensor:
         """Σ_uv w[u, v] · padded[y + u, x + v], (..., H, W) → (..., H, W): the original's padding and convolution."""
@@ -176,10 +173,28 @@ class RepairedFusion(nn.Module):
         return ridges.clamp_min(0).log1p() if self.multiply else ridges  # differences of running sums may be −1e-7
 
 
+def pairs(views: int) -> tuple[list[int], list[int]]:
+    """Source and reference of each ordered pair of views: [0, 0, 0, 1, …] and [1, 2, 3, 0, …] for four."""
+    source, reference = zip(*itertools.permutations(range(views), 2), strict=True)
+    return list(source), list(reference)
+
+
 def view_pairs(F: Tensor) -> Tensor:
-    """F (B, V, V, 3, 3) between all views as (B · V (V − 1), 3, 3), in the order of `itertools.permutations`."""
-    source, reference = zip(*itertools.permutations(range(F.shape[1]), 2), strict=True)
+    """F (B, V, V, 3, 3) between all views as those of the `pairs`, (B · V (V − 1), 3, 3)."""
+    source, reference = pairs(F.shape[1])
     return F[:, source, reference].flatten(0, 1)
+
+
+def of_sources(views: Tensor) -> Tensor:
+    """What each of the `pairs` takes from its source: (B, V, …) → (B, V (V − 1), …)."""
+    return views[:, pairs(views.shape[1])[0]]
+
+
+def sum_at_references(values: Tensor) -> Tensor:
+    """Sum of the `pairs` that share a reference: (B, V (V − 1), …) → (B, V, …)."""
+    views = (1 + math.isqrt(1 + 4 * values.shape[1])) // 2
+    index = torch.tensor(pairs(views)[1], device=values.device)
+    return values.new_zeros(len(values), views, *values.shape[2:]).index_add(1, index, values)
 
 
 def _add_ridge(
