@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -27,6 +28,7 @@ TEMPLATES = Path(__file__).resolve().parent / "report_template"
 VIEW = "application/vnd.jupyter.widget-view+json"
 LARGE = 60_000  # characters of base64
 STATE = "application/vnd.jupyter.widget-state+json"
+FIELD = re.compile(r"\{([^{}:]+):([^{}]*)\}")
 
 
 # Formulas
@@ -89,12 +91,17 @@ def mathml(tex: str, block: bool = False) -> str:
 
 
 def still(nb: NotebookNode, formulas: Formulas) -> NotebookNode:
-    """The notebook with nothing in it that needs a kernel, a script from elsewhere or MathJax (in place)."""
+    """The notebook with nothing in it that needs a kernel, a script from elsewhere or MathJax (in place).
+
+    Who cannot see a figure is told the heading that it stands under.
+    """
     nb, _ = CoalesceStreamsPreprocessor().preprocess(nb, {})
     state = nb.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
     nb.cells = [cell for cell in nb.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    section = "figure"
     for cell in nb.cells:
         if cell.cell_type == "markdown":
+            section = [section, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
             cell.source = formulas.hide(cell.source)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -106,7 +113,7 @@ def still(nb: NotebookNode, formulas: Formulas) -> NotebookNode:
                     data.pop("image/png", None)
                     data["text/html"] = text
             if "image/png" in data:
-                data["text/html"] = f'<img src="{_picture(data.pop("image/png"))}" alt="figure">'
+                data["text/html"] = f'<img src="{_picture(data.pop("image/png"))}" alt="{html.escape(section)}">'
             elif "text/latex" in data and "text/html" not in data:
                 data["text/html"] = mathml(data["text/latex"].strip().strip("$"), block=True)
             elif "text/markdown" in data:
@@ -220,6 +227,42 @@ def notebook_page(nb: NotebookNode, title: str, nav: list[dict], note: str = "")
     return formulas.show(page)
 
 
+def story(numbers: dict, figures: list[dict], nav: list[dict]) -> dict:
+    """What story.toml says, with its numbers put in and without what is missing, for the two templates.
+
+    numbers: those of metrics.json, by dotted names.  figures: an entry {name, source, ...} a recorded figure.
+    Returns title and question; tiles, each with the `entry` of nav that it leads to; told, the story's figures in
+    its order, and others; nav, each entry with its notebook's small `picture`, or None.
+    """
+    plan = tomllib.loads((TEMPLATES / "story.toml").read_text("utf-8"))
+    recorded, tiles, entries = {figure["name"]: figure for figure in figures}, [], []
+    for tile in plan["tiles"]:
+        filled = {key: fill(text, numbers) for key, text in tile.items()}
+        if None not in filled.values():
+            to = next((entry for entry in nav if entry["source"].startswith(tile["notebook"])), {})
+            tiles.append(filled | {"entry": to})
+    for entry in nav:
+        own = [figure for figure in figures if figure["source"] == entry["source"]]
+        picture = min(own, key=lambda figure: figure["name"] not in plan["pictures"], default=None)
+        entries.append(entry | {"picture": picture})
+    return {
+        "title": plan["title"],
+        "question": plan["question"].strip(),
+        "tiles": tiles,
+        "told": [recorded[name] | {"title": title} for name, title in plan["figures"].items() if name in recorded],
+        "others": [figure for figure in figures if figure["name"] not in plan["figures"]],
+        "nav": entries,
+    }
+
+
+def fill(text: str, numbers: dict) -> str | None:
+    """A text with each {name:format} replaced by that number, 46 % for .0%; None where a number is missing."""
+    try:
+        return FIELD.sub(lambda field: format(numbers[field[1]], field[2]).replace("%", " %"), text)
+    except KeyError:
+        return None
+
+
 def story_page(**story) -> str:
     """The report's first page."""
     return _environment(autoescape=True).get_template("story.html.j2").render(css=css(), **story)
@@ -249,8 +292,8 @@ def markdown(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """One line of Markdown as HTML without a paragraph around it."""
-    return markdown(text).strip().removeprefix("<p>").removesuffix("</p>")
+    """One line of Markdown as HTML without a paragraph around it, and no line break before a per cent sign."""
+    return markdown(text).strip().removeprefix("<p>").removesuffix("</p>").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def number(value) -> str:

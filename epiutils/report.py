@@ -293,22 +293,20 @@ def build(notebooks: list[Path], out: Path, meta: dict, partial: bool, failed: s
         if entry["href"]:
             here = [other | {"here": other is entry} for other in nav]
             write(out / entry["href"], pages.notebook_page(nb, entry["title"], here, entry["note"]))
-    text = (pages.TEMPLATES / "story.md").read_text("utf-8")
-    title, _, text = text.removeprefix("# ").partition("\n")
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     made = f"Made with the profile “{meta['profile']}” on {meta['device']}; {versions}."
-    story = {"title": title, "text": text.strip(), "nav": nav, "figures": figures, "numbers": numbers}
-    story |= {"failed": failed, "made": made}
+    story = pages.story(write_metrics(out / "metrics.json", flat, meta, partial), figures, nav)
+    story |= {"numbers": numbers, "failed": failed, "made": made}
     write(out / "index.html", pages.story_page(**story))
     write(out / "README.md", pages.story_readme(**story))
-    write_metrics(out / "metrics.json", flat, meta, partial)
 
 
-def write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> None:
+def write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> dict:
     """Merge numbers, named by dotted paths, into metrics.json: nested, sorted, with `meta` as given.
 
     partial: numbers already there stay beside the new ones; otherwise a group that is written anew (the
     first word of the name) holds only the new ones.  Groups that nobody writes now always stay.
+    Returns all numbers that the file now holds, named in the same way.
     """
     old = flatten(json.loads(path.read_text("utf-8"))) if path.exists() else {}
     groups = {name.split(".")[0] for name in flat}
@@ -324,6 +322,7 @@ def write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> N
         node[leaf] = value
     tree["meta"] = meta
     write(path, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return flatten(tree)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

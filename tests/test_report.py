@@ -1,4 +1,6 @@
 import base64
+import html
+import io
 import json
 import math
 import os
@@ -7,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import nbformat
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from epiutils import pages, report
@@ -189,6 +192,55 @@ def test_an_explorer_made_ahead_is_a_live_slider(made):
     assert "view <b>left</b>" in page and 'type: "range"' in page
 
 
+def told(numbers, figures=(), nav=()):
+    """The story's page as plain text, and its README without marks, for numbers by dotted names."""
+    story = pages.story(numbers, list(figures), list(nav)) | {"numbers": [], "failed": "", "made": ""}
+    page = re.sub(r"<(style|nav).*?</\1>|<[^>]+>", "", pages.story_page(**story), flags=re.DOTALL)
+    page = html.unescape(page).replace("\N{NO-BREAK SPACE}", " ")
+    return " ".join(page.split()), " ".join(pages.story_readme(**story).replace("**", "").split())
+
+
+def test_page_and_readme_tell_the_same_numbers_and_leave_out_what_is_missing():
+    tiles = tomllib.loads((pages.TEMPLATES / "story.toml").read_text("utf-8"))["tiles"]
+    needs = [{name for name, _ in pages.FIELD.findall(tile["number"] + tile["text"])} for tile in tiles]
+    numbers = {name: 0.0123 + 0.07 * k for k, name in enumerate(sorted(set().union(*needs)))}
+    for missing in [None, *numbers]:
+        left = {name: value for name, value in numbers.items() if name != missing}
+        page, readme = told(left)
+        for tile, need in zip(tiles, needs, strict=True):
+            if missing in need:
+                assert tile["what"] not in page and tile["what"] not in readme
+                continue
+            for key in ("what", "number", "text"):
+                said = pages.fill(tile[key], left).replace("**", "")
+                assert said in page and said in readme
+    assert not needs[0] and any(needs)  # only what was reported is written by hand
+
+
+def test_the_numbers_told_are_those_of_metrics(tmp_path):
+    for value, said in ((12345.6, "12,346 times"), (99, "99 times")):
+        numbers = {"redirect.speedup_loop": value, "cost.loops_times_slower": 7}
+        report.write_metrics(tmp_path / "metrics.json", numbers, {})
+        report.build([], tmp_path, {"versions": {}, "profile": "quick", "device": "CPU"}, partial=True)
+        assert said in (tmp_path / "README.md").read_text("utf-8").replace("**", "")
+        assert said in (tmp_path / "index.html").read_text("utf-8").replace("<strong>", "").replace("</strong>", "")
+    assert pages.fill("{a.b:.0%} of {a.c:,.0f}", {"a.b": 0.4677, "a.c": 1234.5}) == "47 % of 1,234"
+    assert pages.fill("{a.b:.0%} of {a.c:,.0f}", {"a.b": 0.4677}) is None
+
+
+def test_the_story_shows_its_figures_once_and_in_its_order():
+    nav = {"source": "03_x", "label": "03 x", "title": "X", "summary": "", "href": "03_x.html"}
+    names = ["03_first", "07_pose", "03_ladder", "05_waterfall"]
+    figures = [nav | {"name": name, "caption": name, "svg": True, "page": "03_x.html"} for name in names]
+    story = pages.story({}, figures, [nav])
+    assert [figure["name"] for figure in story["told"]] == ["05_waterfall", "03_ladder", "07_pose"]
+    assert [figure["name"] for figure in story["others"]] == ["03_first"]
+    page, readme = (make(**story, numbers=[], failed="", made="") for make in (pages.story_page, pages.story_readme))
+    assert page.count('src="figures/05_waterfall.svg" alt="05_waterfall"') == 1
+    assert readme.index("05_waterfall.png") < readme.index("03_ladder.png") < readme.index("<details>")
+    assert readme.index("<details>") < readme.index("03_first.png") and "06_repairs" not in page + readme
+
+
 def test_resume_skips_what_is_done_and_unchanged(made, capsys):
     out, make = made
     before = {path: path.read_bytes() for path in [out / "metrics.json", *(out / "figures").iterdir()]}
@@ -286,6 +338,17 @@ def test_formulas_outside_code_become_mathml(capsys):
     assert '<span class="unbroken"><math' in text and "$5" in text
     assert pages.mathml(r"\nonsense{x}") == r"<code>\nonsense{x}</code>" and "nonsense" in capsys.readouterr().err
     assert "<mo>∼</mo>" in pages.mathml(r"F \sim G") and "<mtext>ref</mtext>" in pages.mathml(r"x_{\mathrm{ref}}")
+
+
+def test_a_figure_is_named_by_the_heading_that_it_stands_under():
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "png")
+    picture = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+    nb = new_notebook(cells=cells("1", "# One\n\n## Is $a < b$?\n\nProse.", "2"))
+    for cell in nb.cells[::2]:
+        cell.outputs = [new_output("display_data", picture)]
+    shown = [cell.outputs[0].data["text/html"] for cell in pages.still(nb, pages.Formulas()).cells[::2]]
+    assert 'alt="figure">' in shown[0] and 'alt="Is $a &lt; b$?">' in shown[1]
 
 
 def test_title_and_summary_come_from_the_first_cell():
