@@ -1,0 +1,193 @@
+"""Triangulation: points in space from their pixels, or from heatmaps, in several calibrated views.
+
+Pixels are (..., V, 2), without lens distortion, and belong to P (..., V, 3, 4) = K [R | t], whose scale is free; the
+world is in metres.  A view that knows nothing of a point is left out: its pixel is nan, or its weight not above 0.
+Arrays and tensors alike where a signature names neither; torch differentiates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from array_api_compat import array_namespace
+from scipy.optimize import least_squares
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from epiutils.epipolar import homogeneous
+from epiutils.heatmaps import STRIDE, decode
+
+PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular
+NEAREST = 1e-3  # metres: what lies so close to a camera's plane is not what it saw, but where rays of one centre meet
+
+
+def projection_matrices(K, R, t):
+    """P = K [R | t] of many cameras (H&Z 6.8).  K, R: (..., 3, 3).  t: (..., 3).  Returns (..., 3, 4)."""
+    return K @ array_namespace(K, R, t).concat([R, t[..., None]], axis=-1)
+
+
+def project(X, P):
+    """Pixels of a point in each view, x ~ P (X, 1).
+
+    X: (..., 3) metres.  P: (..., V, 3, 4).  Returns (..., V, 2).  As in `Camera.project`, a point in or behind the
+    camera's plane has no image and gives nan: sign(det M) (P X)₃ ≤ 0, with M the left 3×3 of P (H&Z 6.2.3).
+    """
+    xp = array_namespace(X, P)
+    x = (P @ homogeneous(X)[..., None, :, None])[..., 0]  # (..., V, 3)
+    front = (x[..., 2:] * xp.sign(xp.linalg.det(P[..., :3]))[..., None]) > 0
+    pixels = x[..., :2] / xp.where(front, x[..., 2:], xp.ones_like(x[..., 2:]))
+    return xp.where(front, pixels, xp.full_like(pixels, xp.nan))
+
+
+def reprojection_error(X, points, P):
+    """Distance in px from the image of a point to its pixel in each view (H&Z 12.3).
+
+    X: (..., 3).  points: (..., V, 2).  P: (..., V, 3, 4).  Returns (..., V), nan where a view has not both.
+    """
+    return array_namespace(X, points, P).linalg.vector_norm(project(X, P) - points, axis=-1)
+
+
+def triangulate(points, P, weights=None):
+    """The point in space nearest to the rays of its pixels, by weighted linear least squares (DLT; H&Z 12.2).
+
+    A pixel says that X lies on two planes, (x P₃ − P₁)·(X, 1) = 0 and (y P₃ − P₂)·(X, 1) = 0, with Pᵢ the rows of P.
+    Each is divided by the length of its normal: then it is the distance of X to the plane in metres, whatever the
+    scale of P and the size of a pixel, and of equal size in all views, so that the system is well conditioned.  Then
+    it is multiplied by the view's weight (Iskakov et al., ICCV 2019).  The squares are summed with the last
+    coordinate fixed at 1, H&Z's inhomogeneous solution: unlike the unit vector's, it moves with the world.
+
+    points: (..., V, 2).  P: (..., V, 3, 4).  weights: (..., V) ≥ 0, of which only the ratios count.
+    Returns (..., 3) in the points' dtype, computed in float64, with finite gradients.  nan where fewer than two views
+    are left, where their rays are parallel (or one view outweighs the rest by 1e5), and where they meet behind a
+    camera or in its centre.
+    """
+    xp = array_namespace(points, P)
+    x, P = xp.astype(points, xp.float64), xp.astype(P, xp.float64)
+    w = xp.ones_like(x[..., 0]) if weights is None else xp.astype(weights, xp.float64)
+    seen = xp.all(xp.isfinite(x), axis=-1) & (w > 0)  # (..., V)
+    x = xp.where(seen[..., None], x, xp.zeros_like(x))
+    w = xp.where(seen, w, xp.zeros_like(w))
+    planes = x[..., None] * P[..., 2:, :] - P[..., :2, :]  # (..., V, 2, 4)
+    planes = planes / xp.linalg.vector_norm(planes[..., :3], axis=-1, keepdims=True)
+    planes = planes * w[..., None, None]
+    G = xp.sum(planes.mT @ planes, axis=-3)  # (..., 4, 4)
+    N, b = G[..., :3, :3], -G[..., :3, 3]  # N X = b
+    mean = (N[..., 0, 0] + N[..., 1, 1] + N[..., 2, 2]) / 3
+    meet = (xp.linalg.det(N) > PARALLEL * mean**3)[..., None]
+    N = xp.where(meet[..., None], N, xp.eye(3, dtype=N.dtype, device=N.device))
+    X = xp.linalg.solve(N, xp.where(meet, b, xp.zeros_like(b))[..., None])[..., 0]
+    facing = xp.sign(xp.linalg.det(P[..., :3])) / xp.linalg.vector_norm(P[..., 2, :3], axis=-1)
+    depth = facing * (P[..., 2:, :] @ homogeneous(X)[..., None, :, None])[..., 0, 0]  # (..., V) metres
+    before = xp.all((depth > NEAREST) | ~seen, axis=-1)[..., None]
+    return xp.astype(xp.where(meet & before, X, xp.full_like(X, xp.nan)), points.dtype)
+
+
+def triangulate_robust(
+    points: np.ndarray, P: np.ndarray, weights: np.ndarray | None = None, threshold: float = 12.8
+) -> tuple[np.ndarray, np.ndarray]:
+    """The point in space on which most views agree: RANSAC over views, then the least reprojection error.
+
+    Views are few, so nothing is drawn (H&Z 4.7): each pair, and all views together, propose a point, which scores
+    Σ w max(0, 1 − (error / threshold)²) over the views (MSAC; Torr & Zisserman 2000).  The inliers of the best are
+    those within `threshold` px.  They are triangulated together, and from there SciPy's `least_squares` finds the
+    X of least Σ ρ(w · offset), the offsets in x and y in px, ρ the soft L1 loss that turns from quadratic to linear
+    at `threshold` (H&Z 12.3).
+
+    points: (..., V, 2).  P: (..., V, 3, 4).  weights: (..., V) ≥ 0, of which only the ratios count.  threshold: px; as
+    HRNet's accuracy has it, 12.8 px of the network's input are 3.2 px of the heatmap.
+    Returns X (..., 3) and the inliers (..., V) bool: nan, and none, where no two views agree.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, in px, got {threshold}")
+    points = np.asarray(points, dtype=np.float64)
+    P = np.broadcast_to(np.asarray(P, dtype=np.float64), (*points.shape[:-1], 3, 4))
+    w = np.ones(points.shape[:-1]) if weights is None else np.asarray(weights, dtype=np.float64)
+    w = np.where(np.isfinite(points).all(-1) & (w > 0), w, 0)
+    w = w / np.maximum(w.max(-1, keepdims=True), 1e-300)
+    points = np.where(w[..., None] > 0, points, np.nan)
+    pairs = np.stack(np.triu_indices(points.shape[-2], 1), -1)  # (H, 2)
+    X = triangulate(points[..., pairs, :], P[..., pairs, :, :])  # (..., H, 3)
+    X = np.concatenate([triangulate(points, P, w)[..., None, :], X], -2)
+    error = reprojection_error(X, points[..., None, :, :], P[..., None, :, :, :])  # (..., 1 + H, V)
+    agree = error <= threshold
+    score = (w[..., None, :] * np.where(agree, 1 - (error / threshold) ** 2, 0)).sum(-1) * (agree.sum(-1) > 1)
+    w = w * np.take_along_axis(agree, score.argmax(-1)[..., None, None], -2)[..., 0, :]
+    X = triangulate(points, P, w)
+    found = np.isfinite(X).all(-1)
+    if found.any():
+        X[found] = _refine(X[found], points[found], P[found], w[found], threshold)
+    return X, (w > 0) & found[..., None]
+
+
+def _refine(X: np.ndarray, points: np.ndarray, P: np.ndarray, w: np.ndarray, threshold: float) -> np.ndarray:
+    """`triangulate_robust`'s last step from X (N, 3) on, for all points at once; w (N, V), 0 for outliers.
+
+    The unknowns are z in X + T z, T Tᵀ = (JᵀJ)⁻¹: pixels move alike with each of them, well determined or not, and
+    the sparse problem of N points converges as one point does.
+    """
+    n, v = np.nonzero(w)  # the inliers, M in all, in the order of their points
+    points, P, w = points[n, v], P[n, v], w[n, v, None]
+
+    def jacobian(X):
+        """Of w · project(X, P): (M, 2, 3)."""
+        x = P @ homogeneous(X[n])[..., None]  # (M, 3, 1)
+        return w[..., None] * (P[:, :2, :3] - x[:, :2] / x[:, 2:] * P[:, 2:, :3]) / x[:, 2:]
+
+    J = jacobian(X)
+    size, axes = np.linalg.eigh(np.add.reduceat(J.mT @ J, np.flatnonzero(np.diff(n, prepend=-1))))
+    T = axes / np.sqrt(np.maximum(size, 1e-12 * size[:, 2:]))[:, None, :]  # (N, 3, 3)
+    columns = np.repeat(3 * n[:, None] + np.arange(3), 2, 0)  # (2M, 3) of the sparse Jacobian
+    rows = np.arange(0, columns.size + 1, 3)
+
+    def at(z):
+        return X + (T @ z.reshape(-1, 3, 1))[..., 0]
+
+    def offsets(z):
+        return (w * (project(at(z)[n], P[:, None])[:, 0] - points)).ravel()
+
+    def slopes(z):
+        return csr_array(((jacobian(at(z)) @ T[n]).ravel(), columns.ravel(), rows), shape=(2 * len(n), X.size))
+
+    z = np.zeros(X.size)
+    tolerances = {"ftol": None, "xtol": None, "gtol": 1e-6, "max_nfev": 100}  # of each point, not of their sum
+    return at(least_squares(offsets, z, slopes, loss="soft_l1", f_scale=threshold, tr_solver="lsmr", **tolerances).x)
+
+
+def soft_argmax(heatmaps: Tensor, sharpness: float = 15.0) -> tuple[Tensor, Tensor]:
+    """The mean position under softmax(β H / max H), the differentiable arg-max (Sun et al., ECCV 2018).
+
+    sharpness: β.  For a Gaussian of σ = 2 the error is 0.02 px at β = 15; less leaks into the background, more falls
+    back to whole pixels.  A map with nothing above 0 has no peak, and its point means nothing.
+    heatmaps: (..., H, W).  Returns points (..., 2), heatmap px (x, y), and the heights (...) of the peaks.
+    """
+    peak = heatmaps.flatten(-2).amax(-1)
+    scaled = heatmaps / torch.where(peak > 0, peak, torch.ones_like(peak))[..., None, None]
+    p = torch.softmax(sharpness * scaled.flatten(-2), -1).unflatten(-1, heatmaps.shape[-2:])
+    x, y = (torch.arange(size, dtype=p.dtype, device=p.device) for size in (p.shape[-1], p.shape[-2]))
+    return torch.stack([(p.sum(-2) * x).sum(-1), (p.sum(-1) * y).sum(-1)], -1), peak
+
+
+def from_heatmaps(
+    heatmaps: Tensor,
+    P: Tensor | np.ndarray,
+    method: str = "dark",
+    weighted: bool = True,
+    threshold: float | None = None,
+) -> Tensor:
+    """Joints in space from their heatmaps in several views; a view whose map has nothing above 0 is left out.
+
+    method: of `decode`, or "soft" for `soft_argmax`, through which gradients reach every pixel.  weighted: by the
+    heights of the peaks, or all views alike.  threshold: None for `triangulate`; px of the network's input for
+    `triangulate_robust`, which has no gradient.
+
+    heatmaps: (..., V, J, H, W).  P: (..., V, 3, 4) of the network's inputs, whose pixels are `STRIDE` to one of the
+    heatmap.  Returns (..., J, 3) metres, nan where those two functions say.
+    """
+    points, peak = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
+    points, peak = STRIDE * points.movedim(-3, -2), peak.movedim(-2, -1)  # (..., J, V, 2), (..., J, V)
+    weights = peak if weighted else (peak > 0).to(peak)
+    P = torch.as_tensor(P, device=points.device)[..., None, :, :, :]  # (..., 1, V, 3, 4)
+    if threshold is None:
+        return triangulate(points, P, weights)
+    X, _ = triangulate_robust(*(a.detach().cpu().numpy() for a in (points, P, weights)), threshold)
+    return torch.from_numpy(X).to(points)

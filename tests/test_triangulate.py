@@ -1,0 +1,616 @@
+"""Triangulation: theorems on seeded rigs, OpenCV, NumPy and SciPy as oracles, and points that nothing determines."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from rigs import camera_pair, look_at, random_maps, world_points
+from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
+
+from epiutils.cameras import crop_affine
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render
+from epiutils.triangulate import (
+    from_heatmaps,
+    project,
+    projection_matrices,
+    reprojection_error,
+    soft_argmax,
+    triangulate,
+    triangulate_robust,
+)
+
+SEEDS = range(5)
+INPUT, HEATMAP = (192, 256), (64, 48)  # (width, height) of the network's input, (H, W) of its heatmaps
+
+
+def rig(seed, views=4):
+    """Cameras in general position, each of its own focal length, size, roll and principal point."""
+    return [camera for s in range((views + 1) // 2) for camera in camera_pair(seed + 20 * s)][:views]
+
+
+def matrices(cameras):
+    return np.stack([camera.P for camera in cameras])
+
+
+def seen(seed, views=4, sigma=0.0, n=30):
+    """Points X (n, 3), their pixels (n, V, 2) with noise, the matrices (V, 3, 4)."""
+    cameras, X = rig(seed, views), world_points(seed, n)
+    points = np.stack([camera.project(X) for camera in cameras], 1)
+    return X, points + np.random.default_rng(seed).normal(0, sigma, points.shape), matrices(cameras)
+
+
+def weights_for(points, seed=0):
+    return np.random.default_rng(seed + 7).uniform(0.1, 1, points.shape[:-1])
+
+
+def literal_planes(points, P, weights):
+    """One point: each pixel's column and row, as planes n·X + d = 0 with |n| = 1, by NumPy's lstsq."""
+    A, b = [], []
+    for (x, y), matrix, w in zip(points, P, weights, strict=True):
+        for line in ((-1, 0, x), (0, -1, y)):  # of the picture: l·(x, y, 1) = 0; its plane is Pᵀ l (H&Z 8.2)
+            *n, d = matrix.T @ line / np.linalg.norm((matrix.T @ line)[:3])
+            A.append(w * np.array(n))
+            b.append(-w * d)
+    return np.linalg.lstsq(np.array(A), np.array(b))[0]
+
+
+def literal_svd(points, P):
+    """One point: the textbook's DLT, the last right singular vector of the stacked rows (H&Z 12.2)."""
+    A = [row for (x, y), p in zip(points, P, strict=True) for row in (x * p[2] - p[0], y * p[2] - p[1])]
+    h = np.linalg.svd(np.array(A))[2][-1]
+    return h[:3] / h[3]
+
+
+def likeliest(start, points, cameras, weights, scale):
+    """One point: SciPy on the offsets that Camera.project gives, with finite differences."""
+    offsets = lambda X: np.concatenate(
+        [w * (camera.project(X) - x) for x, camera, w in zip(points, cameras, weights, strict=True) if w > 0]
+    )
+    return least_squares(offsets, start, jac="3-point", loss="soft_l1", f_scale=scale, xtol=1e-14, ftol=1e-14, gtol=1e-9).x  # fmt: skip
+
+
+# Projection
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_projection_is_the_cameras_and_opencvs(seed):
+    cameras, X = rig(seed), world_points(seed)
+    K, R, t = (np.stack([getattr(camera, name) for camera in cameras]) for name in "KRt")
+    P = projection_matrices(K, R, t)
+    np.testing.assert_allclose(P, matrices(cameras))
+    tensors = projection_matrices(*(torch.from_numpy(a) for a in (K, R, t)))
+    np.testing.assert_allclose(tensors, P)
+    pixels = project(X, P)
+    assert pixels.shape == (40, 4, 2)
+    for v, camera in enumerate(cameras):
+        np.testing.assert_allclose(pixels[:, v], camera.project(X))
+        opencv, _ = cv2.projectPoints(X, cv2.Rodrigues(camera.R)[0], camera.t, camera.K, None)
+        np.testing.assert_allclose(pixels[:, v], opencv[:, 0])
+    np.testing.assert_allclose(project(torch.from_numpy(X), tensors), pixels)
+    scales = np.array([2, -1, -1e-4, 1e5])[:, None, None]
+    np.testing.assert_allclose(project(X, scales * P), pixels)
+
+
+def test_a_point_in_or_behind_the_cameras_plane_has_no_image_whatever_the_sign_of_P():
+    camera = look_at((3, 0, 1), (0, 0, 1))
+    X = np.array([(0.0, 0, 1), (3, 0.5, 1), (5, 0.2, 1.3)])  # before, in, behind
+    for P in (camera.P[None], -camera.P[None]):
+        pixels = project(X, P)
+        np.testing.assert_allclose(pixels[:, 0], camera.project(X))
+        np.testing.assert_array_equal(np.isnan(pixels).all((1, 2)), (False, True, True))
+        X_tensor, P_tensor = torch.from_numpy(X).requires_grad_(), torch.from_numpy(P)
+        project(X_tensor, P_tensor).nan_to_num().sum().backward()
+        assert X_tensor.grad.isfinite().all() and X_tensor.grad[0].abs().sum() > 1 and not X_tensor.grad[1:].any()
+
+
+def test_the_reprojection_error_is_the_distance_in_px_and_nan_where_there_is_none():
+    X, points, P = seen(1)
+    offset = np.random.default_rng(0).normal(0, 5, points.shape)
+    moved = points + offset
+    moved[3, 1] = np.nan
+    error = reprojection_error(X, moved, P)
+    expected = np.hypot(offset[..., 0], offset[..., 1])
+    expected[3, 1] = np.nan
+    np.testing.assert_allclose(error, expected, atol=1e-9)
+
+
+# The linear one
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_triangulation_undoes_projection(seed, views):
+    X, points, P = seen(seed, views)
+    for weights in (None, weights_for(points)):
+        np.testing.assert_allclose(triangulate(points, P, weights), X, atol=1e-10)
+    tensor = triangulate(torch.from_numpy(points), torch.from_numpy(P))
+    assert tensor.dtype == torch.float64
+    np.testing.assert_allclose(tensor, X, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_exact_views_are_opencvs(seed):
+    _, points, P = seen(seed, 2)
+    h = cv2.triangulatePoints(*P, *(np.ascontiguousarray(points[:, v].T) for v in range(2)))
+    np.testing.assert_allclose(triangulate(points, P), (h[:3] / h[3]).T, atol=1e-8)
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_noisy_views_give_the_point_nearest_to_the_planes_of_their_pixels(seed, views):
+    _, points, P = seen(seed, views, sigma=4.0)
+    for weights in (np.ones(points.shape[:-1]), weights_for(points)):
+        expected = [literal_planes(x, P, w) for x, w in zip(points, weights, strict=True)]
+        np.testing.assert_allclose(triangulate(points, P, weights), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_textbooks_singular_vector_is_near_but_does_not_move_with_the_world(seed):
+    X, points, P = seen(seed, sigma=1.0)
+    textbook = np.array([literal_svd(x, P) for x in points])
+    ours = triangulate(points, P)
+    assert np.linalg.norm(ours - textbook, axis=-1).max() < np.median(np.linalg.norm(ours - X, axis=-1))
+    away = np.eye(4)
+    away[:3, 3] = (30, -40, 20)  # X = X' + (30, −40, 20)
+    assert np.abs(triangulate(points, P @ away) + away[:3, 3] - ours).max() < 1e-9
+    assert np.abs([literal_svd(x, P @ away) + away[:3, 3] for x in points] - textbook).max() > 1e-5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_noise_moves_the_point_as_little_as_the_likeliest_point_nearly(seed):
+    X, points, P = seen(seed, sigma=1.0, n=25)
+    cameras = rig(seed)
+    best = np.array([likeliest(a, x, cameras, np.ones(4), 1e3) for a, x in zip(X, points, strict=True)])
+    rms = lambda Y: np.sqrt(((Y - X) ** 2).sum(-1).mean())
+    assert 0.002 < rms(best) < rms(triangulate(points, P)) * 1.1 < 1.3 * rms(best)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_neither_order_nor_scale_nor_pixels_matter(seed):
+    _, points, P = seen(seed, sigma=3.0)
+    rng, weights = np.random.default_rng(seed), weights_for(points)
+    X = triangulate(points, P, weights)
+    order = rng.permutation(4)
+    np.testing.assert_allclose(triangulate(points[:, order], P[order], weights[:, order]), X, atol=1e-10)
+    scales = rng.choice([-1, 1], 4) * 10.0 ** rng.uniform(-6, 6, 4)
+    np.testing.assert_allclose(triangulate(points, scales[:, None, None] * P, weights), X, atol=1e-10)
+    A = np.array([[[10.0 ** rng.uniform(-2, 2), 0, rng.normal(0, 300)], [0, 10.0 ** rng.uniform(-2, 2), 9], [0, 0, 1]]
+                  for _ in range(4)])  # fmt: skip
+    resized = (A[:, :2, :2] @ points[..., None])[..., 0] + A[:, :2, 2]
+    np.testing.assert_allclose(triangulate(resized, A @ P, weights), X, atol=1e-9)
+    np.testing.assert_allclose(triangulate(points, P, 1e-7 * weights), X, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_point_moves_turns_and_grows_with_the_world(seed):
+    _, points, P = seen(seed, sigma=3.0)
+    X, R = triangulate(points, P), Rotation.random(rng=np.random.default_rng(seed)).as_matrix()
+    old_from_new = np.eye(4)
+    old_from_new[:3] = np.column_stack([2.5 * R, (7, -3, 11)])
+    moved = triangulate(points, P @ old_from_new)
+    np.testing.assert_allclose(moved @ (2.5 * R).T + (7, -3, 11), X, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_view_with_weight_0_or_a_point_that_is_nan_is_a_view_that_is_missing(seed):
+    _, points, P = seen(seed, sigma=3.0)
+    weights = weights_for(points)
+    for v in range(4):
+        rest = [u for u in range(4) if u != v]
+        expected = triangulate(points[:, rest], P[rest], weights[:, rest])
+        for nothing in (0, -1, np.nan):
+            without = weights.copy()
+            without[:, v] = nothing
+            np.testing.assert_allclose(triangulate(points, P, without), expected, atol=1e-12)
+        for nothing in (np.nan, np.inf):
+            unknown = points.copy()
+            unknown[:, v, seed % 2] = nothing  # one coordinate is enough
+            np.testing.assert_allclose(triangulate(unknown, P, weights), expected, atol=1e-12)
+    assert np.abs(triangulate(points, P, weights) - expected).max() > 1e-3
+
+
+def test_a_view_that_is_left_out_may_look_away():
+    X, points, P = seen(0, 2)
+    away = look_at((3, 0, 1), (6, 0, 1)).P  # the points are behind it
+    points, P = np.concatenate([points, 0 * points[:, :1] + 5], 1), np.concatenate([P, away[None]])
+    for weights, expected in (((1, 1, 0), X), ((1, 1, 1), np.full_like(X, np.nan))):
+        np.testing.assert_allclose(triangulate(points, P, np.tile(weights, (30, 1))), expected, atol=1e-10)
+
+
+def test_a_weight_of_2_is_four_views_and_a_large_one_has_its_way():
+    _, points, P = seen(3, 3, sigma=5.0)
+    weights = np.array([1.0, 2.0, 1.0])
+    four = [0, 1, 1, 1, 1, 2]
+    np.testing.assert_allclose(
+        triangulate(points, P, np.broadcast_to(weights, (30, 3))), triangulate(points[:, four], P[four])
+    )
+    errors = [
+        reprojection_error(triangulate(points, P, np.tile((1, w, 1), (30, 1))), points, P)[:, 1].max()
+        for w in (1.0, 10, 100)
+    ]
+    assert errors[0] > 1 and errors[1] < 0.1 * errors[0] and errors[2] < 0.02 * errors[1]
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_a_batch_is_a_loop_whatever_leads_and_inputs_stay_as_they_are(as_array):
+    scenes = [seen(seed, 3, sigma=2.0, n=4) for seed in range(6)]
+    points, P = (np.stack([scene[k] for scene in scenes]) for k in (1, 2))
+    points[2, 1, 0], weights = np.nan, weights_for(points)
+    weights[4, 2, 1] = 0
+    inputs = [
+        as_array(a) for a in (points.reshape(2, 3, 4, 3, 2), P.reshape(2, 3, 1, 3, 3, 4), weights.reshape(2, 3, 4, 3))
+    ]
+    before = [np.asarray(a).copy() for a in inputs]
+    X = np.asarray(triangulate(*inputs))
+    looped = [[triangulate(points[i, j], P[i], weights[i, j]) for j in range(4)] for i in range(6)]
+    assert X.shape == (2, 3, 4, 3)
+    np.testing.assert_allclose(X.reshape(6, 4, 3), looped, atol=1e-12)
+    for old, new in zip(before, inputs, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_float32_stays_float32_and_is_computed_in_float64(seed):
+    X, points, P = seen(seed, 3)
+    single = [a.astype(np.float32) for a in (points, P)]
+    for found in (triangulate(*single), triangulate(*(torch.from_numpy(a) for a in single)).numpy()):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, triangulate(*(a.astype(np.float64) for a in single)).astype(np.float32))
+        np.testing.assert_allclose(found, X, atol=2e-5)
+
+
+def undetermined():
+    """Pixels and matrices of views from which no point follows, by what is wrong with them."""
+    one, two = camera_pair(0)
+    same_centre = look_at(one.C, (0.3, -0.2, 0.7), focal=200)
+    X = world_points(0, 1)[0]
+    away = one.R[2] + 0.1 * one.R[0]  # a direction that both see
+    far = one.project(one.C + away), two.project(two.C + two.R[2])
+    beside = look_at(one.C + 0.5 * one.R[0], one.C + 0.5 * one.R[0] + one.R[2], focal=200)
+    cases = {
+        "one view": ([one.project(X)], [one]),
+        "one view of two": ([one.project(X), (np.nan, 3)], [one, two]),
+        "no view": ([(np.nan, np.nan)] * 2, [one, two]),
+        "one ray twice": ([one.project(X), same_centre.project(X)], [one, same_centre]),
+        "one centre": ([one.project(X), same_centre.project(X) + (2, 1)], [one, same_centre]),
+        "parallel rays": ([far[0], beside.project(beside.C + away)], [one, beside]),
+        "rays that part": ([one.project(one.C + one.R[2]), beside.project(beside.C + away)], [one, beside]),
+    }
+    return [pytest.param(np.array(points), matrices(cameras), id=name) for name, (points, cameras) in cases.items()]
+
+
+@pytest.mark.parametrize("points, P", undetermined())
+def test_what_nothing_determines_is_nan_without_a_warning_and_has_finite_gradients(points, P):
+    for dtype in (np.float64, np.float32):
+        assert np.isnan(triangulate(points.astype(dtype), P.astype(dtype))).all()
+    X, inliers = triangulate_robust(points, P)
+    assert np.isnan(X).all() and not inliers.any()
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (points, P, np.ones(len(P)))]
+    triangulate(*inputs).nan_to_num().sum().backward()
+    assert all(a.grad.isfinite().all() for a in inputs)
+
+
+def test_two_rays_a_hundredth_of_a_degree_apart_still_meet():
+    one = look_at((4, 0, 1), (0, 0, 1))
+    two = look_at((4, 7e-4, 1), (0, 0, 1), focal=500)
+    X = np.array([0.2, 0.1, 1.1])
+    points = np.stack([camera.project(X) for camera in (one, two)])
+    np.testing.assert_allclose(triangulate(points, matrices([one, two])), X, atol=1e-6)
+
+
+def test_a_wild_pixel_does_not_hide_what_the_other_views_determine():
+    X, points, P = seen(2)
+    points[:, 1] = (1e9, -1e9)
+    found = triangulate(points, P, np.tile((1, 1e-9, 1, 1), (30, 1)))
+    np.testing.assert_allclose(found, X, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gradients_are_those_of_finite_differences_also_where_views_are_left_out(seed):
+    _, points, P = seen(seed, sigma=2.0, n=3)
+    P = P / np.linalg.norm(P, axis=(1, 2), keepdims=True)
+    weights = weights_for(points)
+    points[0, 1], weights[1, 2], points[2, :3] = np.nan, 0, np.nan  # the third is seen once: nan
+    left_out = np.isnan(points).any(-1) | (weights == 0)
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (np.nan_to_num(points), P, weights)]
+    unknown = torch.from_numpy(np.isnan(points))
+
+    def solve(x, P, w):
+        return triangulate(torch.where(unknown, torch.nan, x), P, torch.where(w == 0, 0.0, w)).nan_to_num()
+
+    fixed = torch.from_numpy(np.where(weights == 0, 0, 1.0))  # a step away from 0 would bring the view in
+    assert torch.autograd.gradcheck(lambda x, P, w: solve(x, P, w * fixed), inputs, atol=1e-5)
+    solve(*inputs).sum().backward()
+    x, _, w = (a.grad.numpy() for a in inputs)
+    assert np.isfinite(x).all() and np.isfinite(w).all()
+    assert not x[left_out].any() and not w[left_out].any() and np.abs(x[~left_out][:6]).min() > 0
+
+
+def test_a_training_step_through_the_point_moves_pixels_towards_it():
+    X, points, P = (torch.from_numpy(a) for a in seen(1, sigma=5.0))
+    points.requires_grad_()
+    error = lambda x: (triangulate(x, P) - X).norm(dim=-1).mean()
+    (slope,) = torch.autograd.grad(error(points), points)
+    assert error(points - 2e4 * slope) < 0.7 * error(points)
+
+
+# The robust one
+
+
+def spoiled(seed, views=4, bad=1, n=40, sigma=0.0):
+    """As `seen`, with `bad` views of each point moved by 30 to 200 px, and which ones."""
+    X, points, P = seen(seed, views, sigma, n)
+    rng = np.random.default_rng(seed)
+    wrong = rng.permuted(np.arange(views) < np.full((n, 1), bad), axis=1)
+    angle, length = rng.uniform(0, 2 * np.pi, (n, views)), rng.uniform(30, 200, (n, views))
+    return X, points + (wrong * length * [np.cos(angle), np.sin(angle)]).transpose(1, 2, 0), P, wrong
+
+
+@pytest.mark.parametrize("views, bad", [(3, 1), (4, 1), (4, 2), (5, 2)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_wrong_views_are_rejected_and_the_others_give_the_exact_point(seed, views, bad):
+    X, points, P, wrong = spoiled(seed, views, bad)
+    found, inliers = triangulate_robust(points, P)
+    assert inliers.dtype == bool and inliers.shape == (40, views)
+    decided = (inliers == ~wrong).all(1)  # where two views are left, a wrong one may lie on their epipolar lines
+    assert decided.all() if views - bad > 2 else decided.mean() > 0.8
+    np.testing.assert_allclose(found[decided], X[decided], atol=1e-7)
+    assert np.median(np.linalg.norm(triangulate(points, P) - X, axis=-1)) > 0.05
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_refined_point_is_scipys_for_each_point_alone(seed, weighted):
+    X, points, P, _ = spoiled(seed, n=25, sigma=3.0)
+    weights, cameras = weights_for(points) if weighted else np.ones(points.shape[:-1]), rig(seed)
+    found, inliers = triangulate_robust(points, P, weights, threshold=10.0)
+    assert 0.4 < inliers.mean() < 0.8
+    relative = weights / weights.max(-1, keepdims=True) * inliers
+    expected = [likeliest(a, x, cameras, w, 10.0) for a, x, w in zip(found, points, relative, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    from_truth = [likeliest(a, x, cameras, w, 10.0) for a, x, w in zip(X, points, relative, strict=True)]
+    np.testing.assert_allclose(found, from_truth, atol=1e-6)
+    linear = triangulate(points, P, weights * inliers)
+    assert 1e-4 < np.abs(found - linear).max() < 0.5  # refined indeed
+
+
+def literal_inliers(points, cameras, weights, threshold):
+    """One point: each pair and all views propose, the best score wins, in plain loops."""
+    views, P = range(len(points)), matrices(cameras)
+    best, inliers = 0, np.zeros(len(points), bool)
+    proposals = [triangulate(points, P, weights)]
+    proposals += [triangulate(points[[a, b]], P[[a, b]]) for a in views for b in views[a + 1 :]]
+    for X in proposals:
+        errors = np.array([np.linalg.norm(camera.project(X) - x) for camera, x in zip(cameras, points, strict=True)])
+        score = sum(w * (1 - (e / threshold) ** 2) for w, e in zip(weights, errors, strict=True) if e <= threshold)
+        if (errors <= threshold).sum() > 1 and score > best:
+            best, inliers = score, errors <= threshold
+    return inliers
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_inliers_are_those_of_plain_loops(seed):
+    _, points, P, _ = spoiled(seed, n=60, sigma=6.0)
+    weights, cameras = weights_for(points), rig(seed)
+    _, inliers = triangulate_robust(points, P, weights, threshold=10.0)
+    expected = [literal_inliers(x, cameras, w, 10.0) for x, w in zip(points, weights, strict=True)]
+    np.testing.assert_array_equal(inliers, expected)
+    assert 0.3 < inliers.mean() < 0.7 and len(np.unique(inliers, axis=0)) > 8
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inliers_are_within_the_threshold_and_more_of_them_with_a_larger_one(seed):
+    _, points, P, _ = spoiled(seed, sigma=4.0, n=100)
+    counts = []
+    for threshold in (4.0, 8.0, 16.0):
+        X, inliers = triangulate_robust(points, P, threshold=threshold)
+        error = reprojection_error(X, points, P)
+        assert error[inliers].max() < 2 * threshold and np.quantile(error[inliers], 0.95) < threshold
+        assert (inliers.sum(1) != 1).all() and (np.isnan(X).any(1) == (inliers.sum(1) == 0)).all()
+        counts.append(inliers.sum())
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_confidence_decides_between_two_pairs_that_agree():
+    """Views 0 and 1 see one point, views 2 and 3 another."""
+    cameras = rig(0)
+    a, b = np.array([0.3, 0.2, 1.2]), np.array([-0.5, -0.4, 0.6])
+    points = np.stack([camera.project(X) for camera, X in zip(cameras, (a, a, b, b), strict=True)])
+    for weights, X, pair in (
+        ((0.9, 0.8, 0.5, 0.6), a, (1, 1, 0, 0)),
+        ((0.5, 0.6, 0.9, 0.8), b, (0, 0, 1, 1)),
+        ((1e-3, 1e-3, 1, 0), a, (1, 1, 0, 0)),  # the surest view has nobody to agree with
+    ):
+        found, inliers = triangulate_robust(points, matrices(cameras), np.array(weights))
+        np.testing.assert_allclose(found, X, atol=1e-8)
+        np.testing.assert_array_equal(inliers, np.array(pair, bool))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_robustly_too_neither_order_nor_scales_matter_and_a_missing_view_is_none(seed):
+    _, points, P, _ = spoiled(seed, sigma=2.0)
+    weights, rng = weights_for(points), np.random.default_rng(seed)
+    X, inliers = triangulate_robust(points, P, weights)
+    order, scales = rng.permutation(4), rng.choice([-1, 1], (4, 1, 1)) * 10.0 ** rng.uniform(-4, 4, (4, 1, 1))
+    for view, same in (
+        (order, triangulate_robust(points[:, order], P[order], weights[:, order])),
+        (range(4), triangulate_robust(points, scales * P, weights)),
+        (range(4), triangulate_robust(points, P, 1e3 * weights)),
+    ):
+        np.testing.assert_array_equal(same[1], inliers[:, view])
+        np.testing.assert_allclose(same[0], X, atol=1e-6)
+    fewer = triangulate_robust(points[:, :3], P[:3], weights[:, :3])
+    points[:, 3] = np.nan
+    for a, b in zip(
+        triangulate_robust(points, P, weights), (fewer[0], np.pad(fewer[1], ((0, 0), (0, 1)))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_point_is_the_same_alone_and_among_others_whatever_leads():
+    _, points, P, _ = spoiled(3, sigma=3.0, n=12)
+    points[5, :3], weights = np.nan, weights_for(points)
+    points[7] = np.random.default_rng(0).uniform(0, 300, (4, 2))
+    before = points.copy()
+    X, inliers = triangulate_robust(points.reshape(3, 4, 4, 2), P, weights.reshape(3, 4, 4))
+    assert X.shape == (3, 4, 3) and inliers.shape == (3, 4, 4) and np.isnan(X[1, 1]).all()
+    for i in range(12):
+        alone, kept = triangulate_robust(points[i], P, weights[i])
+        np.testing.assert_allclose(X[np.unravel_index(i, (3, 4))], alone, atol=1e-6)
+        np.testing.assert_array_equal(inliers[np.unravel_index(i, (3, 4))], kept)
+    np.testing.assert_array_equal(points, before)
+    none, kept = triangulate_robust(points[:0], P)
+    assert none.shape == (0, 3) and kept.shape == (0, 4)
+
+
+def test_views_of_which_no_two_agree_give_nothing_and_extreme_weights_no_error():
+    X, points, P = seen(0, 2)
+    points[::2, 0] += 100
+    for weights in ((1, 1), (1, 0.01)):
+        found, inliers = triangulate_robust(points, P, np.tile(weights, (30, 1)))
+        np.testing.assert_allclose(found, np.where(np.arange(30)[:, None] % 2, X, np.nan), atol=1e-8)
+        np.testing.assert_array_equal(inliers, np.isfinite(found[:, :2]))
+    much_larger = np.diag([1e5, 1e5, 1.0])  # the first picture's pixels: the other one's count for nothing
+    points[:, 0] *= 1e5
+    found, inliers = triangulate_robust(points[1::2], np.stack([much_larger @ P[0], P[1]]), np.tile((1, 1e-4), (15, 1)))
+    np.testing.assert_allclose(found, X[1::2], atol=1e-4)
+    _, points, P = seen(0, 3, sigma=1.0)
+    for weights in ((1, 1e-12, 1e-200), (1e-7, 0, 1), (1, 1e-4, 1e-4)):
+        weights = np.tile(weights, (30, 1))
+        for found in (triangulate(points, P, weights), triangulate_robust(points, P, weights)[0]):
+            assert (
+                np.isfinite(found).all() == (weights[0, 1] == 1e-4)
+                and np.isnan(found).all() != np.isfinite(found).all()
+            )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_fifth_of_the_views_wrong_the_robust_points_are_better_by_far(seed):
+    rng = np.random.default_rng(seed)
+    X, points, P = seen(seed, sigma=3.0, n=400)
+    wrong = rng.random(points.shape[:-1]) < 0.2
+    points[wrong] = rng.uniform(0, 300, (wrong.sum(), 2))
+    plain = np.linalg.norm(triangulate(points, P) - X, axis=-1)
+    robust, _ = triangulate_robust(points, P)
+    robust = np.linalg.norm(robust - X, axis=-1)
+    assert np.nanmedian(robust) < 0.5 * np.nanmedian(plain) and np.isnan(robust).mean() < 0.03
+
+
+# From heatmaps
+
+
+def heatmap_scene(seed, views=4, joints=5):
+    """Joints in the middle of every picture, (J, 3), their heatmaps (V, J, H, W), and P (V, 3, 4) of the inputs."""
+    cameras = [camera.crop(crop_affine(np.array(camera.size) / 2, 190, INPUT, 0.1 * v), INPUT)
+               for v, camera in enumerate(rig(seed, views))]  # fmt: skip
+    X = np.random.default_rng(seed).uniform((-0.25, -0.25, 0.8), (0.25, 0.25, 1.2), (joints, 3))
+    pixels = np.stack([camera.crop(HEATMAP_FROM_INPUT, HEATMAP[::-1]).project(X) for camera in cameras])
+    assert (pixels > 5).all() and (pixels < np.array(HEATMAP[::-1]) - 6).all()
+    peaks = np.random.default_rng(seed + 1).uniform(0.3, 1, pixels.shape[:-1])
+    return (
+        torch.from_numpy(X),
+        render(torch.from_numpy(pixels), HEATMAP, peak=torch.from_numpy(peaks)),
+        matrices(cameras),
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_heatmaps_of_known_joints_give_them_back_as_finely_as_they_are_decoded(seed):
+    X, heatmaps, P = heatmap_scene(seed)
+    errors = {method: (from_heatmaps(heatmaps, P, method) - X).norm(dim=-1).max()
+              for method in ("dark", "soft", "quarter", "argmax")}  # fmt: skip
+    assert errors["dark"] < 1e-9 and errors["soft"] < 2e-3 < errors["argmax"] and errors["quarter"] < 0.05
+    np.testing.assert_allclose(from_heatmaps(heatmaps, torch.from_numpy(P), threshold=5.0), X, atol=1e-7)
+    for threshold in (None, 5.0):
+        single = from_heatmaps(heatmaps.float(), P, threshold=threshold)
+        assert single.dtype == torch.float32 and (single - X).norm(dim=-1).max() < 1e-4
+
+
+@pytest.mark.parametrize("method", ["dark", "soft"])
+def test_peaks_weigh_and_maps_without_one_are_left_out(method):
+    _, heatmaps, P = heatmap_scene(0)
+    heatmaps = heatmaps.roll((2, -1), (-2, -1)) * torch.tensor([1.0, 0.2, 0.6, 0.9])[:, None, None, None]
+    heatmaps[1, 2], heatmaps[0, 4] = 0, -heatmaps[0, 4]  # view 1 has no joint 2, view 0 no joint 4
+    points, peaks = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
+    for j in range(5):
+        views = [v for v in range(4) if (v, j) not in ((1, 2), (0, 4))]
+        expected = triangulate(4 * points[views, j].numpy(), P[views], peaks[views, j].numpy())
+        np.testing.assert_allclose(from_heatmaps(heatmaps, P, method)[j], expected, atol=1e-10)
+        alike = triangulate(4 * points[views, j].numpy(), P[views])
+        np.testing.assert_allclose(from_heatmaps(heatmaps, P, method, weighted=False)[j], alike, atol=1e-10)
+        assert np.abs(alike - expected).max() > 1e-4
+    heatmaps[1:, 0] = 0
+    assert from_heatmaps(heatmaps, P, method).isnan().any(-1).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_view_with_its_peaks_elsewhere_is_rejected_only_by_the_robust_one(seed):
+    X, heatmaps, P = heatmap_scene(seed)
+    heatmaps[seed % 4] = heatmaps[seed % 4].roll(14, -2).roll(9, -1)
+    plain, robust = from_heatmaps(heatmaps, P), from_heatmaps(heatmaps, P, threshold=12.8)
+    np.testing.assert_allclose(robust, X, atol=1e-6)
+    assert (plain - X).norm(dim=-1).min() > 0.02
+
+
+def test_batches_of_heatmaps_are_a_loop():
+    scenes = [heatmap_scene(seed, views=3) for seed in range(4)]
+    heatmaps, P = torch.stack([scene[1] for scene in scenes]), np.stack([scene[2] for scene in scenes])
+    for arguments in ({}, {"method": "soft"}, {"method": "argmax", "threshold": 12.8}):
+        batched = from_heatmaps(heatmaps.unflatten(0, (2, 2)), P.reshape(2, 2, 3, 3, 4), **arguments)
+        looped = torch.stack([from_heatmaps(h, p, **arguments) for h, p in zip(heatmaps, P, strict=True)])
+        assert batched.shape == (2, 2, 5, 3)
+        np.testing.assert_allclose(batched.flatten(0, 1), looped, atol=1e-6)
+
+
+def test_the_soft_argmax_is_a_mean_under_softmax_and_does_not_depend_on_the_height():
+    heatmaps = random_maps(2, 3, 5, 7).abs()
+    points, peak = soft_argmax(heatmaps, sharpness=4.0)
+    np.testing.assert_allclose(peak, heatmaps.amax((-2, -1)))
+    for i, j in np.ndindex(2, 3):
+        p = np.exp(4 * heatmaps[i, j].numpy() / heatmaps[i, j].max().item())
+        mean = sum(p[y, x] * np.array((x, y)) for y, x in np.ndindex(5, 7)) / p.sum()
+        np.testing.assert_allclose(points[i, j], mean)
+    np.testing.assert_allclose(soft_argmax(1e-3 * heatmaps, 4.0)[0], points)
+    pixels = random_maps(200, 2, seed=1) + torch.tensor([24.0, 30])
+    errors = [(soft_argmax(render(pixels, HEATMAP), b)[0] - pixels).norm(dim=-1).mean() for b in (8.0, 15.0, 100.0)]
+    assert errors[1] < 0.03 and errors[0] > 0.3 and errors[2] > 0.2
+
+
+def test_gradients_through_the_soft_argmax_are_finite_differences_and_reach_every_pixel():
+    _, heatmaps, P = heatmap_scene(2, joints=2)
+    heatmaps = heatmaps[..., 8:-8, 8:-8] + 0.01 * random_maps(4, 2, 48, 32)
+    P = np.array([[1, 0, -32], [0, 1, -32], [0, 0, 1]]) @ P
+    some = heatmaps[:, :, ::9, ::11].contiguous()  # no camera took these; gradcheck needs them small
+    small = lambda maps: from_heatmaps(maps, np.diag([0.1, 0.1, 1]) @ P, "soft")
+    assert small(some).isfinite().all()
+    assert torch.autograd.gradcheck(small, some.requires_grad_(), atol=1e-5)
+    heatmaps[0, 0], heatmaps[1, 1] = 0, -heatmaps[1, 1].abs()
+    for method, everywhere in (("soft", True), ("dark", False)):
+        maps = heatmaps.clone().requires_grad_()
+        from_heatmaps(maps, P, method).sum().backward()
+        assert maps.grad.isfinite().all() and maps.grad.any()
+        assert not maps.grad[0, 0].any() and not maps.grad[1, 1].any()
+        assert (maps.grad[2] != 0).all() == everywhere
+
+
+def test_descent_on_heatmaps_brings_the_joints_to_their_places():
+    X, heatmaps, P = heatmap_scene(4)
+    start = heatmaps.roll(2, -1)
+    maps = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([maps], 0.01)
+    for _ in range(40):
+        optimiser.zero_grad()
+        (from_heatmaps(maps, P, "soft") - X).norm(dim=-1).mean().backward()
+        optimiser.step()
+    error = lambda h: (from_heatmaps(h, P, "soft") - X).norm(dim=-1).mean()
+    assert error(maps.detach()) < 0.3 * error(start)
+
+
+def test_a_method_that_is_none_and_a_threshold_that_is_not_positive_are_named():
+    _, heatmaps, P = heatmap_scene(0)
+    with pytest.raises(ValueError, match="method must be .*'sharp'"):
+        from_heatmaps(heatmaps, P, "sharp")
+    for wrong in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="threshold must be positive, in px, got"):
+            from_heatmaps(heatmaps, P, threshold=wrong)
