@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from mpl_toolkits.mplot3d.axes3d import Axes3D
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#777777",
@@ -131,6 +133,53 @@ def fused_row(axes: Sequence[Axes], source, ridge, reference, fused) -> Sequence
         low, high = (round(float(end), 2) + 0.0 for end in (values.min(), values.max()))
         heatmap(ax, values, f"{title}: {low:g} to {high:g}", bar=False, ticks=False)
     return axes
+
+
+def stage(ax: Axes3D, poses, azimuth: float = -60.0, elevation: float = 12.0, title: str = "") -> Axes3D:
+    """The room for skeletons: a floor of half-metre tiles at z = 0 around all of `poses` (..., 3), equal on all axes.
+
+    azimuth, elevation: where it is seen from, in degrees.  The Axes come from `figure(subplot_kw={"projection": "3d"})`.
+    """
+    poses = np.asarray(poses, dtype=float).reshape(-1, 3)
+    low, high = np.nanmin(poses, axis=0), np.nanmax(poses, axis=0)
+    middle, half = (low + high)[:2] / 2, np.ceil(2 * (high - low)[:2].max() + 0.8) / 4  # 0.2 m around, whole tiles
+    across = np.array([[(u, -half), (u, half)] for u in np.arange(-half, half + 0.01, 0.5)])  # (T, 2, 2)
+    tiles = np.concatenate([across, across[..., ::-1]]) + middle
+    ax.add_collection3d(Line3DCollection(np.pad(tiles, ((0, 0), (0, 0), (0, 1))), colors="#d0d0d0", linewidths=0.8))
+    top = max(high[2], 0.5)
+    ax.set(xlim=middle[0] + (-half, half), ylim=middle[1] + (-half, half), zlim=(0, top), title=title)
+    ax.set_box_aspect((2 * half, 2 * half, top), zoom=1.15)
+    ax.view_init(elevation, azimuth)
+    ax.set_axis_off()
+    return ax
+
+
+def skeleton3d(
+    ax: Axes3D, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, label: str | None = None
+) -> Axes3D:
+    """Bones between joints (J, 3) in metres, z up, and their shadow on the floor; nan is left out.
+
+    The joints that `hidden` (J,) marks are hollow, their bones dashed.
+    """
+    joints = np.asarray(joints, dtype=float)
+    hidden = np.zeros(len(joints), bool) if hidden is None else np.asarray(hidden, dtype=bool)
+    known = np.isfinite(joints).all(-1)
+    lines = joints[np.array(bones)]  # (B, 2, 3)
+    dashes = np.where(hidden[np.array(bones)].any(-1), "--", "-")
+    ax.add_collection3d(Line3DCollection(lines * (1, 1, 0), colors="#000000", linewidths=3, alpha=0.07))
+    ax.add_collection3d(
+        Line3DCollection(lines, colors=colour, linewidths=2.2, linestyles=dashes, alpha=0.9, label=label)
+    )
+    for shown, face, edge in ((known & ~hidden, colour, "white"), (known & hidden, "white", colour)):
+        ax.scatter(*joints[shown].T, s=22, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
+    return ax
+
+
+def offsets3d(ax: Axes3D, start, end, colour=RED) -> Axes3D:
+    """A thin line from each point (N, 3) to its partner (N, 3): from the true joints to the predicted ones."""
+    lines = np.stack([np.asarray(start, dtype=float), np.asarray(end, dtype=float)], 1)  # (N, 2, 3)
+    ax.add_collection3d(Line3DCollection(lines, colors=colour, linewidths=1.2))
+    return ax
 
 
 def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", marker: str = "o") -> Axes:
