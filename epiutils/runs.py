@@ -1,0 +1,262 @@
+"""The long experiments: every method trained by five seeds at both operating points, scored, and stored.
+
+    python -m epiutils.runs                     # everything that is not done yet: hours on two cores
+    python -m epiutils.runs --points original --methods repaired_frozen original_frozen
+
+Each run is kept in runs/studies as soon as it is done, so the command can be stopped and taken up again; at the end all
+are packed into data/results/<point>.npz, which the notebooks read with `load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from epiutils import rivals
+from epiutils.dataset import Augmentation, Benchmark, MultiView
+from epiutils.experiments import (
+    CHECKPOINTS,
+    FusedNetwork,
+    HeatmapPairs,
+    HeatmapScenes,
+    free_loss,
+    fuse_views,
+    fusion_loss,
+    heatmaps_once,
+    training_pictures,
+    views_loss,
+    watch,
+)  # fmt: skip
+from epiutils.files import replacing
+from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
+from epiutils.heatmaps import STRIDE, decode, joints_mse
+from epiutils.hrnet import load_checkpoint
+from epiutils.metrics import found, joint_mean, mpjpe
+from epiutils.training import device_name, pose_loss, predict, train
+from epiutils.triangulate import projection_matrices, triangulate, triangulate_robust
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "data" / "results"
+SEEDS = 5
+TRAINING = slice(0, 840, 8)  # of subject 1, for modules on frozen heatmaps
+
+
+class WithNext(nn.Module):
+    """A module of one source, such as `OriginalFusion`, for all views: each is fused with the next camera's."""
+
+    sharpness = 10.0
+
+    def __init__(self, fusion: nn.Module):
+        super().__init__()
+        self.fusion = fusion
+
+    def all_views(self, heatmaps: Tensor, F: Tensor) -> Tensor:
+        views = [
+            self.fusion(heatmaps[:, (r + 1) % heatmaps.shape[1]], heatmaps[:, r], F[:, (r + 1) % heatmaps.shape[1], r])
+            for r in range(heatmaps.shape[1])
+        ]
+        return torch.stack(views, 1)
+
+
+def views_mse(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """HRNet's loss of all views fused with each other."""
+    return joints_mse(module.all_views(batch["heatmaps"], batch["F"]), batch["target"], batch["weight"])
+
+
+# Methods on frozen heatmaps that train by pairs of views as the original did: the module, iterations and batch
+PAIRED = {
+    "original_frozen": (lambda: OriginalFusion(1.0), 50, 8),
+    "original_frozen_sigmoid": (lambda: OriginalFusion(1.0, sigmoid=True), 50, 8),
+    "original_frozen_2200": (lambda: OriginalFusion(1.0), 2200, 8),  # the last iteration that the original showed
+    "second_attempt": (lambda: SimpleFusion(1.0), 50, 16),
+}
+# Methods that train on all views of an instant together: the module, and its loss
+TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
+    "alone": (rivals.Alone, views_loss),
+    "repaired_frozen": (RepairedFusion, views_loss),
+    "line_sum": (lambda: rivals.Line("sum"), views_loss),
+    "line_mean": (lambda: rivals.Line("mean"), views_loss),
+    "line_max": (lambda: rivals.Line("max"), views_loss),
+    "weighted_max": (rivals.WeightedMax, views_loss),
+    "attention": (rivals.Attention, views_loss),
+    "dense": (rivals.Dense, views_loss),
+    # the repairs, one after the other …
+    "repair_start": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), views_mse),
+    "repair_loss": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), views_loss),
+    "repair_normalise": (lambda: RepairedFusion(multiply=False, confidence=False), views_loss),
+    "repair_multiply": (lambda: RepairedFusion(confidence=False), views_loss),
+    # … and all but one of them
+    "without_loss": (RepairedFusion, views_mse),
+    "without_normalise": (lambda: RepairedFusion(normalise=False), views_loss),
+    "without_multiply": (lambda: RepairedFusion(multiply=False), views_loss),
+}
+# Methods that train the backbone too, on pictures
+FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hrnet_longer")
+FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
+
+
+def train_frozen(method: str, heatmaps: dict[str, Tensor], seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
+    """The module of a method, trained on the heatmaps of a frozen backbone, and its rows of `steps.csv`."""
+    torch.manual_seed(seed)
+    settings = {"weight_decay": 0, "seed": seed, "progress": False}
+    if method in PAIRED:
+        make, steps, batch = PAIRED[method]
+        module = make()
+        rows = train(module, fusion_loss, HeatmapPairs(heatmaps), steps=steps, batch=batch, lr=1e-3, log=watch,
+                     schedule="constant", **settings)[1]  # fmt: skip
+        return WithNext(module), rows
+    make, loss = TOGETHER[method]
+    module = make()
+    lr = 1e-5 if method == "dense" else 1e-2 if method in ("attention", "weighted_max") else 5e-2
+    return module, train(module, loss, HeatmapScenes(heatmaps), steps=steps, batch=4, lr=lr, **settings)[1]
+
+
+def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, list[dict]]:
+    """Backbone and module trained together, from the backbone of the point (and the fusion as given)."""
+    torch.manual_seed(seed)
+    network = load_checkpoint(CHECKPOINTS[point]).to(memory_format=torch.channels_last)
+    settings = {"seed": seed, "workers": 1, "progress": True}
+    if method == "original_free":
+        model = FusedNetwork(network, OriginalFusion(1.0)).train()
+        data = training_pictures("train", TRAINING)
+        return model, train(model, fusion_loss, data, steps=60, batch=8, lr=1e-3, weight_decay=0, log=watch,
+                            schedule="constant", **settings)[1]  # fmt: skip
+    model = FusedNetwork(network, fusion, method.endswith("frozen_statistics")).train()
+    data = MultiView(Benchmark(FREE_SPLIT[point]).prepare(), Augmentation(), seed=seed)
+    alone = lambda model, batch, done: pose_loss(model.network, batch, 0.5)
+    return model, train(model, alone if method == "hrnet_longer" else free_loss, data, steps=200, batch=4,
+                        lr=1e-3 if point == "original" else 5e-4, warmup=10, clip=1.0, **settings)[1]  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Which joints are found in each view, and how far off they are in space, all views fused with each other.
+
+    Returns found (N, V, J) of 1, 0 and nan, and the distances in mm (N, J) from the true joints to what plain
+    triangulation gives, dlt_mm, and the robust one weighed by the heights of the peaks, robust_mm.
+    """
+    P = projection_matrices(*(predicted[key].double() for key in ("K", "R", "t")))  # (N, V, 3, 4)
+    right, pixels, heights = [], [], []
+    for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True):
+        right.append(found(maps, target))
+        if isinstance(module, RepairedFusion | rivals.Alone):  # their maps are logarithms of probabilities
+            maps = torch.softmax(module.sharpness * maps.flatten(-2), -1).view_as(maps)
+        points, height = decode(maps, "dark")
+        pixels.append(STRIDE * points.double())
+        heights.append(height.double())
+    points, heights = torch.stack(pixels).transpose(1, 2), torch.stack(heights).transpose(1, 2)  # (N, J, V, 2), (N, J, V)
+    P = P[:, None].expand(*heights.shape, 3, 4)
+    plain, robust = triangulate(points, P).numpy(), triangulate_robust(points.numpy(), P.numpy(), heights.numpy())[0]
+    true = predicted["joints_3d"].numpy()
+    off = {name: 1000 * mpjpe(X, true) for name, X in (("dlt_mm", plain), ("robust_mm", robust))}
+    return {"found": np.stack(right)} | off
+
+
+def run(point: str, method: str, seed: int) -> dict:
+    """One method at one operating point with one seed, trained and scored on the whole test set.
+
+    Returns what `evaluate` gives, the trained `weights` of the fusion module, the `seconds` and `losses` of its
+    training, and for the original's modules the `path` (steps, 2, 9) of the nine weights and their gradients.
+    """
+    test = heatmaps_once(point, progress=False)
+    start = time.perf_counter()
+    if method == "hrnet":
+        return evaluate(None, test) | {"seconds": 0.0}
+    if method in FREE:
+        fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
+        start = time.perf_counter()
+        model, rows = train_free(method, point, seed, fusion)
+        seconds = time.perf_counter() - start
+        test = predict(model.network, MultiView(Benchmark("test")), workers=1)
+        module = {"original_free": lambda: WithNext(model.fusion), "hrnet_longer": lambda: None}.get(method)
+        scored = evaluate(module() if module else model.fusion, test)
+        if method == "repaired_free":
+            scored |= {"found_unfused": evaluate(None, test)["found"]}
+        module = model.fusion
+    else:
+        module, rows = train_frozen(method, heatmaps_once(point, "train", TRAINING, progress=False), seed)
+        seconds, scored = time.perf_counter() - start, evaluate(module, test)
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    scored |= {"weights": weights.numpy() if len(weights) < 1000 else [], "seconds": seconds}
+    path = [[row[f"{kind}{k}"] for k in range(9)] for row in rows if "w0" in row for kind in "wg"]
+    return scored | {"losses": [row["loss"] for row in rows], "path": np.float32(path).reshape(-1, 2, 9)}
+
+
+def load(point: str) -> dict[str, dict[str, np.ndarray]]:
+    """The stored runs of a point by method: found (S, N, V, J), dlt_mm and robust_mm (S, N, J), … of S seeds.
+
+    "meta" says how they were made.  Raises FileNotFoundError where nothing is stored.
+    """
+    path = RESULTS / f"{point}.npz"
+    methods: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(path, allow_pickle=False) as stored:
+        for name in stored.files:
+            method, _, key = name.partition("/")
+            values = stored[name]
+            if key.startswith("found"):
+                values = np.where(values > 1, np.nan, values.astype(np.float32))
+            methods.setdefault(method, {})[key] = values if key else json.loads(str(values))
+    return methods
+
+
+def _keep(path: Path, result: dict) -> None:
+    arrays = {key: np.asarray(value) for key, value in result.items()}
+    for key, values in arrays.items():
+        if key.startswith("found"):
+            arrays[key] = np.where(np.isnan(values), 2, values).astype(np.uint8)
+        elif key.endswith("_mm"):
+            arrays[key] = values.astype(np.float16)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _pack(point: str, folder: Path, seeds: int) -> None:
+    """One file of all runs of a point that all seeds have."""
+    arrays = {}
+    for method in METHODS:
+        paths = [folder / f"{point}-{method}-{seed}.npz" for seed in range(1 if method == "hrnet" else seeds)]
+        if not all(path.exists() for path in paths):
+            continue
+        each = [dict(np.load(path)) for path in paths]
+        arrays |= {f"{method}/{key}": np.stack([one[key] for one in each]) for key in each[0]}
+    meta = {"command": "python -m epiutils.runs", "device": device_name(), "torch": torch.__version__, "seeds": seeds}
+    with replacing(RESULTS / f"{point}.npz") as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays, meta=json.dumps(meta))
+
+
+METHODS = ("hrnet", *PAIRED, *TOGETHER, *FREE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, and pack what there is."""
+    parser = argparse.ArgumentParser(prog="python -m epiutils.runs", description=main.__doc__)
+    parser.add_argument("--points", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "studies", help="where single runs are kept")
+    chosen = parser.parse_args(arguments)
+    for point in chosen.points:
+        for method in chosen.methods:
+            for seed in range(1 if method == "hrnet" else chosen.seeds):
+                path = chosen.out / f"{point}-{method}-{seed}.npz"
+                if path.exists():
+                    continue
+                result = run(point, method, seed)
+                _keep(path, result)
+                accuracy, off = joint_mean(result["found"]), np.nanmean(result["robust_mm"])
+                print(f"{point:9s} {method:31s} seed {seed}: accuracy {100 * accuracy:5.1f} %, {off:4.0f} mm, "
+                      f"trained in {result['seconds']:.0f} s", flush=True)  # fmt: skip
+        _pack(point, chosen.out, chosen.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
