@@ -115,7 +115,7 @@ def train_frozen(method: str, heatmaps: dict[str, Tensor], seed: int, steps: int
         return WithNext(module), rows
     make, loss = TOGETHER[method]
     module = make()
-    lr = 1e-5 if method == "dense" else 1e-2 if method in ("attention", "weighted_max") else 5e-2
+    lr = {"dense": 1e-4, "attention": 1e-2}.get(method, 5e-2)
     return module, train(module, loss, HeatmapScenes(heatmaps), steps=steps, batch=4, lr=lr, **settings)[1]
 
 
