@@ -104,9 +104,7 @@ class RepairedFusion(nn.Module):
     adds the redirected sums without a log, confidence=False trusts each source alike.
     """
 
-    def __init__(
-        self, threshold: float = 1.0, normalise: bool = True, multiply: bool = True, confidence: bool = True
-    ):
+    def __init__(self, threshold: float = 1.0, normalise: bool = True, multiply: bool = True, confidence: bool = True):
         super().__init__()
         self.threshold, self.normalise, self.multiply = threshold, normalise, multiply
         self.weight = nn.Parameter(torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
@@ -132,6 +130,8 @@ class RepairedFusion(nn.Module):
         batch, shape = sources.shape[:2], tuple(reference.shape[-2:])
         if not isinstance(F, Pencil):
             F = F.expand(*batch, 3, 3) if F.ndim != 3 else F[:, None].expand(*batch, 3, 3)
+        if present is not None:
+            sources = sources.masked_fill(~present[:, :, None, None, None], 0.0)
         ridges = self._ridges(self._said(self.weigh(sources), present).flatten(0, 1), F, shape)
         return self.weigh(reference) + self.gain / self.sharpness * ridges.unflatten(0, batch).sum(1)
 
@@ -169,6 +169,8 @@ class RepairedFusion(nn.Module):
         """What each pair's source says of each reference pixel: (P, J, H', W')."""
         if not isinstance(F, Pencil):
             F = Pencil.from_fundamental(F.reshape(-1, 3, 3), tuple(said.shape[-2:]), self.threshold, shape)
+        elif F.out_shape != shape:
+            raise ValueError(f"the Pencil is for a reference of {F.out_shape}, got {shape}")
         ridges = F.sum(said)
         return ridges.clamp_min(0).log1p() if self.multiply else ridges  # differences of running sums may be −1e-7
 

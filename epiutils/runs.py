@@ -152,7 +152,10 @@ def evaluate(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str
         points, height = decode(maps, "dark")
         pixels.append(STRIDE * points.double())
         heights.append(height.double())
-    points, heights = torch.stack(pixels).transpose(1, 2), torch.stack(heights).transpose(1, 2)  # (N, J, V, 2), (N, J, V)
+    points, heights = (
+        torch.stack(pixels).transpose(1, 2),
+        torch.stack(heights).transpose(1, 2),
+    )  # (N, J, V, 2), (N, J, V)
     P = P[:, None].expand(*heights.shape, 3, 4)
     plain, robust = triangulate(points, P).numpy(), triangulate_robust(points.numpy(), P.numpy(), heights.numpy())[0]
     true = predicted["joints_3d"].numpy()
