@@ -199,15 +199,15 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
     "meta" says how they were made.  Raises FileNotFoundError where nothing is stored.
     """
     path = RESULTS / f"{point}.npz"
-    methods: dict[str, dict[str, np.ndarray]] = {}
+    methods: dict[str, dict] = {}
     with np.load(path, allow_pickle=False) as stored:
-        for name in stored.files:
-            method, _, key = name.partition("/")
+        for name in set(stored.files) - {"meta"}:
+            method, key = name.split("/")
             values = stored[name]
             if key.startswith("found"):
                 values = np.where(values > 1, np.nan, values.astype(np.float32))
-            methods.setdefault(method, {})[key] = values if key else json.loads(str(values))
-    return methods
+            methods.setdefault(method, {})[key] = values
+        return methods | {"meta": json.loads(str(stored["meta"]))}
 
 
 def _keep(path: Path, result: dict) -> None:

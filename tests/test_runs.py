@@ -1,0 +1,156 @@
+"""The long experiments: what is scored, and that runs are kept, taken up, packed and read back as they were."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from rigs import look_at, world_points
+
+from epiutils import runs
+from epiutils.epipolar import fundamental_from_cameras, transfer
+from epiutils.fusion import OriginalFusion, RepairedFusion
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
+from epiutils.metrics import found
+from epiutils.runs import WithNext, evaluate
+
+SHAPE, JOINTS, SCENES = (60, 80), 5, 3  # of pictures of 320×240
+
+
+def made_up(seed=0, lost=0.0):
+    """What `predict` gives for scenes of four cameras; a share of the heatmaps has its peak elsewhere."""
+    rng, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    predicted = {key: [] for key in ("K", "R", "t", "joints", "joints_3d", "F")}
+    for n in range(SCENES):
+        angles = rng.uniform(0, 6) + np.array([0, 1.3, 2.9, 4.4])
+        cameras = [look_at((4 * np.cos(a), 4 * np.sin(a), 1.5), (0, 0, 1)) for a in angles]
+        X = world_points(10 * seed + n, JOINTS)
+        F = np.zeros((4, 4, 3, 3))
+        for s, r in itertools.permutations(range(4), 2):
+            F[s, r] = transfer(fundamental_from_cameras(cameras[s], cameras[r]), HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
+        joints = np.stack([camera.project(X) for camera in cameras])
+        arrays = [np.stack([getattr(c, key) for c in cameras]) for key in ("K", "R", "t")] + [joints, X, F]
+        for key, array in zip(predicted, arrays, strict=True):
+            predicted[key].append(torch.from_numpy(array))
+    predicted = {key: torch.stack(values) for key, values in predicted.items()}
+    at = predicted["joints"] / 4
+    elsewhere = torch.rand(at.shape, generator=draw, dtype=at.dtype) * torch.tensor([79.0, 59.0])
+    wrong = torch.rand(at.shape[:-1], generator=draw) < lost
+    predicted["output"] = render(torch.where(wrong[..., None], elsewhere, at), SHAPE).float()
+    predicted["target"] = render(at.round(), SHAPE).float()
+    predicted["weight"] = torch.ones(at.shape[:-1])
+    return predicted
+
+
+def test_perfect_heatmaps_are_found_and_triangulated():
+    scored = evaluate(None, made_up())
+    assert scored["found"].shape == (SCENES, 4, JOINTS) and scored["dlt_mm"].shape == (SCENES, JOINTS)
+    assert np.nanmin(scored["found"]) == 1
+    assert max(scored["dlt_mm"].max(), scored["robust_mm"].max()) < 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_lost_view_costs_plain_triangulation_more_than_the_robust_one(seed):
+    predicted = made_up(seed, lost=0.15)
+    scored = evaluate(None, predicted)
+    literal = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    np.testing.assert_array_equal(scored["found"], literal)
+    assert np.nanmean(scored["found"]) < 1
+    assert np.nanmedian(scored["robust_mm"]) < 10 < np.nanmean(scored["dlt_mm"])
+
+
+def test_the_maps_of_modules_that_give_logarithms_become_probabilities_first():
+    predicted = made_up(1)
+    module = RepairedFusion()
+    with torch.no_grad():
+        module.gain.fill_(0.7)
+    scored = evaluate(module, predicted)
+    assert np.nanmin(scored["found"]) == 1
+    assert scored["dlt_mm"].max() < 30 and scored["robust_mm"].max() < 30
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_each_view_is_fused_with_the_next_camera(views):
+    predicted = made_up(2)
+    maps, F = predicted["output"][:, :views], predicted["F"][:, :views, :views]
+    torch.manual_seed(0)
+    original = OriginalFusion(1.0, shape=SHAPE)
+    with torch.no_grad():
+        fused = WithNext(original).all_views(maps, F)
+        for r in range(views):
+            s = 0 if r == views - 1 else r + 1
+            torch.testing.assert_close(fused[:, r], original(maps[:, s], maps[:, r], F[:, s, r]))
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs that take no time: results of the right kinds, a list of what was run, and folders of the test's own."""
+    asked = []
+
+    def run(point, method, seed):
+        asked.append((point, method, seed))
+        rng = np.random.default_rng([len(point), len(method), seed])
+        right = np.where(rng.random((3, 4, 5)) < 0.1, np.nan, rng.random((3, 4, 5)) < 0.5)
+        off = rng.uniform(0, 400, (3, 5)).astype(np.float16)
+        off[0, 0] = np.nan
+        return {"found": right, "robust_mm": off, "losses": [1.0, 0.5], "seconds": 2.0}
+
+    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    arguments = ["--points", "original", "--methods", "hrnet", "alone", "--out", str(tmp_path / "runs")]
+    return asked, lambda *more: runs.main([*arguments, *more]), run
+
+
+def test_runs_are_packed_and_read_back_as_they_were(quick):
+    asked, main, run = quick
+    assert main("--seeds", "2") == 0
+    assert asked == [("original", "hrnet", 0), ("original", "alone", 0), ("original", "alone", 1)]
+    stored = runs.load("original")
+    assert stored.keys() == {"hrnet", "alone", "meta"} and stored["meta"]["seeds"] == 2
+    assert {"command", "device", "torch"} < stored["meta"].keys()
+    for method, seeds in (("hrnet", 1), ("alone", 2)):
+        for seed in range(seeds):
+            for key, value in run("original", method, seed).items():
+                np.testing.assert_array_equal(stored[method][key][seed], np.asarray(value))
+
+
+def test_what_is_done_is_not_done_again_and_a_stop_loses_one_run(quick, monkeypatch, tmp_path):
+    asked, main, run = quick
+
+    def stopped(point, method, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return run(point, method, seed)
+
+    monkeypatch.setattr(runs, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main("--seeds", "3")
+    assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(runs, "run", run)
+    asked.clear()
+    main("--seeds", "3")
+    assert asked == [("original", "alone", 1), ("original", "alone", 2)]
+    assert len(runs.load("original")["alone"]["found"]) == 3
+
+
+def test_a_method_is_packed_once_all_its_seeds_are_there(quick, tmp_path):
+    _, main, _ = quick
+    main("--seeds", "2")
+    (tmp_path / "runs" / "original-alone-1.npz").unlink()
+    runs._pack("original", tmp_path / "runs", 2)
+    assert "alone" not in runs.load("original")
+
+
+def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="best.npz"):
+        runs.load("best")
+
+
+def test_what_is_stored_is_of_both_points_by_five_seeds():
+    for point in ("original", "best"):
+        stored = runs.load(point)
+        assert json.dumps(stored["meta"]) and set(runs.METHODS) <= stored.keys()
+        for method in runs.METHODS:
+            assert stored[method]["found"].shape == (1 if method == "hrnet" else runs.SEEDS, 420, 4, 17)
