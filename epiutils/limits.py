@@ -1,0 +1,125 @@
+"""Where fusion ends: calibration that is off, fewer views, hidden joints, other cameras; and what bounds it.
+
+Each function changes one thing about what a network predicted, or about the pictures it sees, and leaves the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from epiutils import people
+from epiutils.cameras import Camera, View
+from epiutils.dataset import Instant
+from epiutils.epipolar import transfer
+from epiutils.fusion import RepairedFusion
+from epiutils.heatmaps import STRIDE
+from epiutils.metrics import found
+
+FOCAL = 1145.0  # px, of the uncropped pictures of the embedded rig and of Human3.6M's
+
+
+def shifted(predicted: dict[str, Tensor], px: float, seed: int = 0) -> dict[str, Tensor]:
+    """The same heatmaps with a calibration that is off: each camera's picture moved by `px` in a random direction.
+
+    px: of the uncropped picture, of focal length `FOCAL`, as a camera that was turned a little or its principal point
+    moved.  F[s, r] becomes that of the moved pictures; nothing else changes.
+    """
+    rng = np.random.default_rng(seed)
+    angle = rng.uniform(0, 2 * np.pi, predicted["K"].shape[:2])  # (N, V)
+    scale = predicted["K"][..., 0, :2].norm(dim=-1).numpy() / FOCAL / STRIDE  # heatmap px a px
+    A = torch.eye(3, dtype=predicted["F"].dtype).repeat(*angle.shape, 1, 1)
+    A[..., 0, 2], A[..., 1, 2] = (torch.from_numpy(px * scale * f(angle)) for f in (np.cos, np.sin))
+    return predicted | {"F": transfer(predicted["F"], A[:, :, None], A[:, None])}
+
+
+@torch.no_grad()
+def by_views(module: RepairedFusion, predicted: dict[str, Tensor], views: int) -> np.ndarray:
+    """Which joints are found where only so many views are fused: found (N, C, J), C a view of a subset of the cameras.
+
+    All subsets of the cameras take part.
+    """
+    output, F = predicted["output"], predicted["F"]
+    right = []
+    for chosen in map(list, combinations(range(output.shape[1]), views)):
+        fused = [
+            module.all_views(h[None, chosen], f[None, chosen][:, :, chosen])[0] for h, f in zip(output, F, strict=True)
+        ]
+        right.append(np.stack([found(m, t[chosen]) for m, t in zip(fused, predicted["target"], strict=True)]))
+    return np.concatenate(right, 1)
+
+
+def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
+    """The views with grey patches painted over that share of the joints of each, which are then not visible.
+
+    A patch has a sixth of the picture's side and its centre near the joint; joints under another's patch are
+    hidden too.
+    """
+    rng, hidden = np.random.default_rng(seed), []
+    for view in views:
+        image, visible = view.image.copy(), view.visible.copy()
+        side = view.camera.size[0] // 6
+        order = rng.permutation(len(visible))
+        for j in order:
+            if 1 - (visible & view.visible).sum() / max(1, view.visible.sum()) >= share or not visible[j]:
+                continue
+            centre = view.joints[j] + rng.uniform(-side / 6, side / 6, 2)
+            low, high = (np.round(centre + d * side / 2).astype(int) for d in (-1, 1))
+            colour = tuple(int(c) for c in rng.integers(60, 200, 3))
+            cv2.rectangle(image, low.tolist(), high.tolist(), colour, -1)
+            visible &= ~((view.joints >= low) & (view.joints <= high)).all(-1)
+        hidden.append(replace(view, image=image, visible=visible))
+    return hidden
+
+
+def other_rig(seed: int = 0) -> list[Camera]:
+    """Four cameras elsewhere: around the room at other angles, heights from 0.6 to 2.6 m, other focal lengths."""
+    rng, cameras = np.random.default_rng(seed), []
+    for number, usual in enumerate(people.rig()):
+        angle = np.pi / 2 * number + rng.uniform(-0.6, 0.6)
+        C = np.array([4.4 * np.cos(angle), 4.4 * np.sin(angle), rng.uniform(0.6, 2.6)])
+        z = np.append(rng.uniform(-0.15, 0.15, 2), 0.9) - C
+        z /= np.linalg.norm(z)
+        x = np.cross(z, (0, 0, 1)) / np.linalg.norm(np.cross(z, (0, 0, 1)))
+        R = np.stack([x, np.cross(z, x), z])
+        K = np.diag([*(usual.K[0, 0] * rng.uniform(0.8, 1.1) * np.ones(2)), 1.0])
+        K[:2, 2] = usual.K[:2, 2]
+        cameras.append(Camera(K, R, -R @ C, size=usual.size, name=f"other{number + 1}"))
+    return cameras
+
+
+def seen_by(rig: Sequence[Camera], instants: Sequence[Instant]) -> list[list[View]]:
+    """Those instants of the embedded benchmark before other cameras."""
+    return [people.scene(**vars(instant), rig=rig) for instant in instants]
+
+
+@torch.no_grad()
+def bounds(module: RepairedFusion, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Which joints the module finds with oracles, found (N, V, J) each: what bounds it on these heatmaps.
+
+    "right sources only": a source whose own peak is wrong says nothing.  "perfect sources": every source is its
+    target.  "any view": joints that at least one view finds by itself, "two views": at least two; no fusion of
+    peaks can find more without a second thought in the maps.
+    """
+    output, target, F = (predicted[key] for key in ("output", "target", "F"))
+    alone = np.stack([found(h, t) for h, t in zip(output, target, strict=True)])  # (N, V, J)
+    right = torch.from_numpy(np.nan_to_num(alone, nan=1.0) > 0)
+    silent = output.masked_fill(~right[..., None, None], -10.0)  # no peak: its odds are 0
+    made = {}
+    for name, sources in (("right sources only", silent), ("perfect sources", target)):
+        each = []
+        for n in range(len(output)):
+            others = [[s for s in range(output.shape[1]) if s != v] for v in range(output.shape[1])]
+            said = torch.stack([sources[n, o] for o in others])  # (V, V − 1, J, H, W): the views are a batch
+            f = torch.stack([F[n, o, v] for v, o in enumerate(others)])
+            each.append(found(module(said, output[n], f), target[n]))
+        made[name] = np.stack(each)
+    count = np.nansum(alone, 1, keepdims=True)
+    nan = np.where(np.isnan(alone), np.nan, 0.0)
+    return made | {"any view": nan + (count >= 1), "two views": nan + (count >= 2)}
