@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from rigs import look_at, world_points
+from test_human36m import labels, write_jpeg, write_karfly
 from torch import nn
 
 from epiutils import experiments, people
@@ -17,17 +19,25 @@ from epiutils.experiments import (
     PAIRS,
     FusedNetwork,
     HeatmapPairs,
+    HeatmapScenes,
     PicturePairs,
+    choose,
+    free_loss,
+    fuse_views,
     fusion_loss,
     heatmaps_once,
+    open_split,
     score,
+    score_views,
     summary,
     training_pictures,
+    views_loss,
     watch,
 )
-from epiutils.fusion import OriginalFusion, SimpleFusion
+from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, accuracy, render
 from epiutils.hrnet import PoseHRNet, load_checkpoint, normalise, save_checkpoint
+from epiutils.human36m import Human36M
 from epiutils.metrics import bootstrap, joint_mean
 from epiutils.training import predict, train
 
@@ -199,6 +209,145 @@ def test_the_gradient_reaches_the_nine_weights_and_the_network_through_both_pict
 class _Double(nn.Module):
     def forward(self, images):
         return images.double()
+
+
+# All views together
+
+
+def repaired(gain=0.8, **settings) -> RepairedFusion:
+    """A repaired module in the middle of its training."""
+    module = RepairedFusion(1.5, **settings)
+    with torch.no_grad():
+        module.weight.copy_(WEIGHTS)
+        module.gain.fill_(gain)
+    return module
+
+
+def literal_views(module, maps, F):
+    """Each view of each instant fused with all others, one at a time: maps (B, V, J, H, W)."""
+    views = range(maps.shape[1])
+    rows = [
+        [module(maps[None, n, [s for s in views if s != r]], maps[None, n, r], F[None, n, [s for s in views if s != r], r])
+         for r in views]
+        for n in range(len(maps))
+    ]  # fmt: skip
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def literal_hit(logits, target, weight) -> float:
+    """The mean over the joints that weigh of −log of the probability of a place that counts as right."""
+    total = 0.0
+    for z, t, w in zip(logits.flatten(0, -3).double(), target.flatten(0, -3), weight.flatten(), strict=True):
+        y0, x0 = np.unravel_index(int(t.argmax()), t.shape)
+        y, x = np.mgrid[: t.shape[0], : t.shape[1]]
+        near = np.hypot((x - x0) / (t.shape[0] / 10), (y - y0) / (t.shape[1] / 10)) < 0.5
+        p = torch.softmax(z.flatten(), 0).reshape(t.shape).detach().numpy()
+        total -= float(w) * math.log(p[near].sum())
+    return total / float(weight.sum())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_heatmap_scenes_are_all_views_of_an_instant(seed):
+    predicted = made_up(seed)
+    data = HeatmapScenes(predicted)
+    assert len(data) == 3 and len(list(torch.utils.data.DataLoader(data, 2))) == 2
+    for n in range(3):
+        expected = {"heatmaps": "output", "target": "target", "weight": "weight", "F": "F"}
+        assert data[n].keys() == expected.keys()
+        assert all(torch.equal(data[n][key], predicted[name][n]) for key, name in expected.items())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_loss_of_all_views_is_that_of_each_fused_with_the_others(seed):
+    batch, module = batch_of(HeatmapScenes(made_up(seed)), range(3)), repaired()
+    loss = views_loss(module, batch)
+    fused = literal_views(module, batch["heatmaps"], batch["F"])
+    expected = literal_hit(module.sharpness * fused, batch["target"], batch["weight"])
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and loss.shape == ()
+    assert views_loss(module, batch, 0.5) == loss  # at any time of the training
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_training_the_views_together_finds_more_joints():
+    predicted, module = made_up(5, scenes=6), RepairedFusion(1.5)
+    alone = joint_mean(score_views(None, predicted)["found"])
+    _, rows = train(module, views_loss, HeatmapScenes(predicted), steps=40, batch=3, lr=0.05, progress=False)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert joint_mean(score_views(module, predicted)["found"]) > alone + 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scored_views_are_a_literal_loop(seed):
+    predicted, module = made_up(seed), repaired()
+    scored, given = score_views(module, predicted), list(fuse_views(module, predicted))
+    with torch.no_grad():
+        fused = literal_views(module, predicted["output"], predicted["F"])
+    torch.testing.assert_close(torch.stack(given), fused, rtol=1e-4, atol=1e-4)
+    assert scored.keys() == {"found", "visible"} and not any(maps.requires_grad for maps in given)
+    for n, v, j in np.ndindex(3, 4, JOINTS):
+        right = literal_right(given[n][v, j], predicted["target"][n, v, j])
+        np.testing.assert_array_equal(scored["found"][n, v, j], right)
+    np.testing.assert_array_equal(scored["visible"], predicted["visible"])
+    assert (scored["found"] != score_views(None, predicted)["found"]).any()
+    np.testing.assert_array_equal(score_views(None, predicted)["found"], score(None, predicted, 1)["found"][:, :, 0])
+    assert summary(scored)["accuracy"] == joint_mean(scored["found"])
+
+
+def test_only_the_chosen_instants_are_fused_in_their_order():
+    predicted, module = made_up(), repaired()
+    whole = list(fuse_views(module, predicted))
+    for chosen in ([2], [2, 0], [], range(0, 3, 2)):
+        given = list(fuse_views(module, predicted, chosen))
+        assert len(given) == len(chosen) and all(torch.equal(g, whole[n]) for g, n in zip(given, chosen, strict=True))
+    assert torch.equal(next(fuse_views(None, predicted, [1])), predicted["output"][1])
+
+
+def test_all_views_through_the_network_are_its_heatmaps_and_these_fused(people_data):
+    network, module = toy(), repaired()
+    batch, fused = batch_of(people_data, range(2)), FusedNetwork(network, module).eval()
+    with torch.no_grad():
+        maps, given = fused.all_views(batch["image"], batch["F"])
+        views = [[network(normalise(view))[0] for view in instant] for instant in batch["image"]]
+        expected = torch.stack([torch.stack(row) for row in views])
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(given, literal_views(module, expected, batch["F"]), rtol=1e-3, atol=1e-4)
+    assert maps.shape == given.shape == (2, 4, 17, 16, 16) and not torch.allclose(maps, given, atol=1e-2)
+
+
+def test_the_loss_of_a_free_network_is_that_of_the_fused_maps_and_of_its_own(people_data):
+    network, batch = toy(), batch_of(people_data, range(2))
+    model = FusedNetwork(network, repaired(), frozen_statistics=True).train()
+    loss = free_loss(model, batch)
+    maps, fused = model.all_views(batch["image"], batch["F"])
+    weight = batch["weight"][..., None, None]
+    mse = 0.5 * ((maps - batch["target"]) * weight).double().square().mean().item()
+    p, q = (torch.softmax(10 * x.double().flatten(-2), -1) for x in (maps, batch["target"]))
+    divergence = ((q * (q / p).log()).sum(-1) * batch["weight"]).sum().item() / batch["weight"].sum().item()
+    hit = literal_hit(model.fusion.sharpness * fused, batch["target"], batch["weight"])
+    assert loss.item() == pytest.approx(hit + 100 * mse + 0.25 * divergence, rel=1e-4)
+    loss.backward()
+    assert model.fusion.gain.grad != 0 and network.conv1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_statistics_do_not_move_and_are_what_training_normalises_with(people_data, frozen):
+    network = toy()
+    with torch.no_grad():
+        network.final_layer.weight *= 0.1  # heatmaps as high as trained ones
+    model = FusedNetwork(network, repaired(), frozen_statistics=frozen)
+    assert model.train() is model and model.training and network.training and model.fusion.training
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    batch = batch_of(people_data, range(2))
+    with torch.no_grad():
+        training, evaluating = (model.train(mode).all_views(batch["image"], batch["F"])[0] for mode in (True, False))
+    assert torch.equal(training, evaluating) == frozen
+    train(model.train(), free_loss, people_data, steps=2, batch=1, progress=False)
+    assert model.training  # and it is so in a loop that switches to training itself
+    moved = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    statistics = {key for key in before if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved & statistics == (set() if frozen else statistics)
+    assert {key for key in before if key.endswith("weight")} <= moved  # scale and shift still learn
 
 
 # The loss
@@ -498,3 +647,78 @@ def test_training_pictures_are_the_splits_own_in_every_epoch(cache):
             np.testing.assert_array_equal(sample["source"], views[s].image)
             np.testing.assert_array_equal(sample["reference"], views[r].image)
     assert len(list(Benchmark("train").folder.glob("s01_*_jpg.npz"))) == 1
+
+
+# Human3.6M in place of the benchmark
+
+
+ONE_AND_NINE = {"train": [(1, 2, 1, 1 + 5 * k) for k in range(11)], "test": [(9, 2, 1, 1 + 64 * k) for k in range(130)]}
+OTHERS = {"train": (5, 2, 1, 1), "test": (11, 2, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def human36m(tmp_path_factory):
+    """Subjects 1 and 9 among others in karfly's layout, every picture the same grey."""
+    folder = tmp_path_factory.mktemp("human36m")
+    write_karfly(folder, labels([*ONE_AND_NINE["train"], *ONE_AND_NINE["test"], *OTHERS.values()]))
+    for split, subject in (("train", 1), ("test", 9)):
+        data = Human36M(folder, split, subjects=(subject,))
+        for shot in itertools.chain(*data.shots):
+            write_jpeg(folder / shot.picture, np.full((1000, 1000, 3), 128, np.uint8))
+    return folder
+
+
+def test_the_splits_are_subject_1_and_subject_9_as_the_original_had_them(human36m, tmp_path):
+    assert type(open_split("test")) is Benchmark and open_split("train").split == "train"
+    for split, subject, every in (("train", 1, 5), ("test", 9, 64)):
+        data = open_split(split, str(human36m))
+        images = [image for *_, image in ONE_AND_NINE[split]]
+        assert type(data) is Human36M and [i.image for i in data.instants] == images[::every]
+        assert {i.subject for i in data.instants} == {subject}
+    with pytest.raises(KeyError, match="train-large"):
+        open_split("train-large", str(human36m))
+    with pytest.raises(FileNotFoundError):
+        open_split("test", str(tmp_path))
+
+
+def test_instants_are_chosen_by_a_slice_or_evenly_by_number():
+    assert choose(range(10)) == range(10) and choose("abcde", slice(1, None, 2)) == range(1, 5, 2)
+    assert list(choose(range(10), 3)) == [0, 3, 6] and list(choose(range(420), 5)) == [0, 84, 168, 252, 336]
+    for there, wanted in itertools.product((1, 2, 7, 840), (1, 2, 3, 100)):
+        chosen = list(choose(range(there), wanted))
+        assert len(chosen) == min(there, wanted) and chosen == sorted(set(chosen)) and chosen[0] == 0
+        assert chosen[-1] < there and len(set(np.diff(chosen))) <= 1
+
+
+def test_heatmaps_of_human36m_are_computed_once_by_any_checkpoint(asked, human36m, tmp_path):
+    def computes(*arguments, **settings):
+        before = len(asked)
+        given = heatmaps_once(*arguments, dataset=str(human36m), **settings)
+        assert heatmaps_once(*arguments, dataset=str(human36m), **settings)["output"].equal(given["output"])
+        assert len(asked) == before + 1 and len(kept(tmp_path)) == before + 1
+        return given["output"], [i.image for i in asked[-1]]
+
+    best, test = computes("best", "test")
+    assert test == [1, 1 + 64 * 64, 1 + 64 * 128]
+    assert computes("best", "test", 2)[1] == test[:2] and computes("best", "train", slice(1, 3))[1] == [26, 51]
+    own = tmp_path / "pose_hrnet.safetensors"
+    save_checkpoint(own, toy(11))
+    assert not torch.equal(computes(str(own), "test")[0], best)
+    assert any(path.name.startswith("heatmaps-pose_hrnet-test-") for path in kept(tmp_path))
+    file = open_split("test", str(human36m)).file
+    changed = file.stat().st_mtime_ns + 10**9
+    os.utime(file, ns=(changed, changed))  # the annotations were written anew
+    computes("best", "test")
+
+
+def test_what_the_network_sees_in_human36m_is_what_it_sees_in_the_benchmark(cache, human36m):
+    predicted = heatmaps_once("best", "test", 1, progress=False, dataset=str(human36m))
+    sample = MultiView(open_split("test", str(human36m)))[0]
+    with torch.no_grad():
+        maps = load_checkpoint(experiments.CHECKPOINTS["best"])(normalise(sample.pop("image")))
+    torch.testing.assert_close(predicted["output"][0], maps, rtol=2**-10, atol=1e-4)
+    assert predicted["visible"].all() and all(torch.equal(predicted[key][0], value) for key, value in sample.items())
+    found = summary(score(None, predicted, 1))
+    assert math.isnan(found["accuracy_occluded"]) and found["accuracy_visible"] == found["accuracy"]
+    pictures = training_pictures("train", 1, str(human36m))
+    assert len(pictures) == 12 and pictures[0]["source"].shape == (256, 256, 3)

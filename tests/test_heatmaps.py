@@ -14,6 +14,7 @@ from epiutils.heatmaps import (
     STRIDE,
     accuracy,
     decode,
+    hit_loss,
     hrnet_targets,
     joints_mse,
     pck,
@@ -439,3 +440,68 @@ def test_cross_entropy_leaves_the_all_zero_map_where_the_mse_hardly_moves():
         loss(output, target, weight).backward()
         slopes.append(-output.grad[0, 0, 24, 32].item() / loss(output, target, weight).item())
     assert slopes[1] > 3 * slopes[0] > 0
+
+
+# ---------------------------------------------------------------- the loss that asks for the right place
+
+
+def counted_right(target):
+    """For each pixel of the map, whether `accuracy` counts a prediction whose only peak is there: (H, W) bool."""
+    height, width = target.shape
+    alone = torch.eye(height * width).reshape(-1, 1, height, width)
+    return np.array([accuracy(output[None], target[None, None]) for output in alone]).reshape(height, width) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(24, 34), (33, 23), (48, 36), (17, 44)])
+def test_the_hit_loss_is_that_of_all_pixels_that_the_accuracy_counts_right(shape, seed):
+    rng = np.random.default_rng(seed)
+    peaks = [(x, y) for x, y in zip(rng.integers(2, shape[1], 3), rng.integers(2, shape[0], 3), strict=True)]
+    target = torch.from_numpy(one_hot(shape, [*peaks, (shape[1] - 1, 2)]))
+    logits = torch.from_numpy(rng.normal(0, 3, (1, 4, *shape)))
+    weight = torch.tensor([[1.0, 0, 1, 1]])
+    expected = []
+    for j in (0, 2, 3):
+        p = np.exp(logits[0, j].numpy())
+        expected.append(-np.log(p[counted_right(target[0, j])].sum() / p.sum()))
+    assert hit_loss(logits, target, weight).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert hit_loss(logits + 50, target, weight).item() == pytest.approx(np.mean(expected), rel=1e-4)
+    whole = hit_loss(logits.expand(2, 3, 4, *shape), target.expand(2, 3, 4, *shape), weight.expand(2, 3, 4))
+    assert whole.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hit_losss_gradient_moves_probability_into_the_place(seed):
+    """It is p − p(x | right), zero in sum, and what finite differences give."""
+    rng, shape = np.random.default_rng(seed), (24, 34)
+    target = torch.from_numpy(one_hot(shape, [(rng.integers(2, 34), rng.integers(2, 24)) for _ in range(3)]))
+    logits = torch.from_numpy(rng.normal(0, 2, target.shape)).requires_grad_()
+    hit_loss(logits, target, torch.tensor([[1.0, 0, 3]])).backward()
+    for j, share in enumerate((1 / 4, 0, 3 / 4)):
+        p = torch.softmax(logits[0, j].detach().flatten(), 0).reshape(shape).numpy()
+        inside = np.where(counted_right(target[0, j]), p, 0)
+        np.testing.assert_allclose(logits.grad[0, j], share * (p - inside / inside.sum()), rtol=1e-4, atol=1e-6)
+    weight = torch.tensor([[1.0, 1, 1]])
+    loss = lambda z: hit_loss(z, target, weight)
+    assert torch.autograd.gradcheck(loss, logits, eps=0.1, atol=2e-3, rtol=0.05, fast_mode=True)  # single precision
+
+
+def test_the_hit_loss_asks_for_a_place_and_not_for_a_shape():
+    target = torch.from_numpy(one_hot((30, 44), [(20, 10)]))
+    weight = torch.ones(1, 1)
+    near, far = (100 * torch.from_numpy(one_hot((30, 44), [point])) for point in ((21, 11), (24, 10)))
+    assert hit_loss(near, target, weight) < 1e-6 and hit_loss(far, target, weight) > 90
+    assert hit_loss(near / 100, target, weight) > 1  # as sharp as the logits are
+    share = counted_right(target[0, 0]).sum() / (30 * 44)
+    assert hit_loss(0 * near, target, weight).item() == pytest.approx(-math.log(share), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_hit_loss_of_joints_that_do_not_weigh_is_zero(dtype):
+    target = torch.from_numpy(one_hot((30, 44), [(20, 10), (5, 6)]))
+    logits = torch.randn(target.shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    none = hit_loss(logits, target, torch.zeros(1, 2))
+    none.backward()
+    assert none == 0 and not logits.grad.any()
+    empty = hit_loss(logits, 0 * target, torch.tensor([[1.0, 0]]))  # a map without a peak has it at (0, 0)
+    assert torch.isfinite(empty)
