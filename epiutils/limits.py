@@ -64,7 +64,7 @@ def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
     rng, hidden = np.random.default_rng(seed), []
     for view in views:
         image, visible = view.image.copy(), view.visible.copy()
-        side = view.camera.size[0] // 6
+        side, pixels = view.camera.size[0] // 6, np.round(view.joints)
         order = rng.permutation(len(visible))
         for j in order:
             if 1 - (visible & view.visible).sum() / max(1, view.visible.sum()) >= share or not visible[j]:
@@ -73,7 +73,7 @@ def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
             low, high = (np.round(centre + d * side / 2).astype(int) for d in (-1, 1))
             colour = tuple(int(c) for c in rng.integers(60, 200, 3))
             cv2.rectangle(image, low.tolist(), high.tolist(), colour, -1)
-            visible &= ~((view.joints >= low) & (view.joints <= high)).all(-1)
+            visible &= ~((low <= pixels) & (pixels <= high)).all(-1)
         hidden.append(replace(view, image=image, visible=visible))
     return hidden
 

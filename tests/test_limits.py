@@ -1,0 +1,135 @@
+"""What the limits change is what they say, and nothing else; oracles bound what they bound."""
+
+import numpy as np
+import pytest
+import torch
+from test_runs import made_up
+
+from epiutils import people
+from epiutils.dataset import Instant
+from epiutils.epipolar import epipoles, point_line_distance
+from epiutils.fusion import RepairedFusion
+from epiutils.limits import FOCAL, bounds, by_views, hide, other_rig, seen_by, shifted
+from epiutils.metrics import found
+
+
+def fusing(gain=0.8) -> RepairedFusion:
+    module = RepairedFusion()
+    with torch.no_grad():
+        module.gain.fill_(gain)
+    return module
+
+
+def off_lines(predicted) -> np.ndarray:
+    """Distances (N, 12, J) in heatmap px of the joints from the lines of their partners."""
+    x = predicted["joints"] / 4
+    each = [
+        point_line_distance(predicted["F"][:, s, r], x[:, s], x[:, r]) for s in range(4) for r in range(4) if s != r
+    ]
+    return torch.stack(each, 1).numpy()
+
+
+@pytest.mark.parametrize("px", [5.0, 20.0])
+def test_a_calibration_that_is_off_moves_lines_by_what_it_says_and_not_the_pictures(px):
+    predicted = made_up(3)
+    moved = shifted(predicted, px, seed=1)
+    unit = predicted["K"][0, 0, 0, 0].item() / FOCAL / 4  # heatmap px a px; all made-up cameras are alike
+    assert off_lines(predicted).max() < 1e-6
+    distance = off_lines(moved) / unit
+    assert px / 4 < distance.mean() < 2 * px and distance.max() < 4 * px  # both pictures move, and lines turn a little
+    assert all(moved[key] is predicted[key] for key in predicted if key != "F")
+    assert (
+        torch.linalg.svdvals(moved["F"][:, 0, 1])[:, 2].max()
+        < 1e-9 * torch.linalg.svdvals(moved["F"][:, 0, 1])[:, 0].max()
+    )
+
+
+def test_epipoles_move_with_the_picture_that_they_lie_in():
+    predicted = made_up(4)
+    unit = predicted["K"][0, 0, 0, 0].item() / FOCAL / 4
+    ends = []
+    for p in (predicted, shifted(predicted, 12.0)):
+        _, e = epipoles(p["F"][:, 0, 1])
+        ends.append(e[:, :2] / e[:, 2:])
+    step = torch.linalg.vector_norm(ends[1] - ends[0], dim=-1)
+    torch.testing.assert_close(step, torch.full_like(step, 12.0 * unit), rtol=1e-4, atol=1e-6)
+
+
+def test_no_shift_changes_nothing_and_another_seed_is_another_direction():
+    predicted = made_up(5)
+    torch.testing.assert_close(shifted(predicted, 0.0)["F"], predicted["F"], atol=1e-12, rtol=0)
+    assert torch.equal(shifted(predicted, 3.0, 1)["F"], shifted(predicted, 3.0, 1)["F"])
+    assert not torch.allclose(shifted(predicted, 3.0, 1)["F"], shifted(predicted, 3.0, 2)["F"])
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_fewer_views_are_every_subset_fused_on_its_own(views):
+    predicted, module = made_up(6, lost=0.4), fusing()
+    right = by_views(module, predicted, views)
+    subsets = [c for c in np.ndindex(*(4,) * views) if sorted(set(c)) == list(c)]
+    assert right.shape == (3, views * len(subsets), 5)
+    for k, chosen in enumerate(map(list, subsets)):
+        with torch.no_grad():
+            fused = module.all_views(predicted["output"][:, chosen], predicted["F"][:, chosen][:, :, chosen])
+        for n in range(3):
+            expected = found(fused[n], predicted["target"][n, chosen])
+            np.testing.assert_array_equal(right[n, views * k : views * (k + 1)], expected)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_patches_hide_about_that_share_of_the_joints_and_what_they_cover_is_not_visible(share):
+    views = people.scene(9, "wave", 10, 3)
+    hidden = hide(views, share, seed=4)
+    for before, after in zip(views, hidden, strict=True):
+        lost = before.visible & ~after.visible
+        assert share <= lost.sum() / before.visible.sum() + 1e-9
+        assert not (after.visible & ~before.visible).any()
+        x, y = np.clip(np.round(before.joints).astype(int), 0, 255).T
+        assert (after.image[y, x] != before.image[y, x]).any(-1)[lost].all()
+        seen = after.visible
+        assert (after.image[y, x] == before.image[y, x]).all(-1)[seen].all()
+        assert (before.image == people.scene(9, "wave", 10, 3)[views.index(before)].image).all()  # not its input
+    again = hide(views, share, seed=4)
+    assert all((a.image == b.image).all() for a, b in zip(hidden, again, strict=True))
+
+
+def test_nothing_hidden_is_nothing_changed():
+    views = people.scene(9, "wave", 10, 3, size=64)
+    for before, after in zip(views, hide(views, 0.0, 0), strict=True):
+        assert (before.image == after.image).all() and (before.visible == after.visible).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_another_rig_sees_the_person_from_elsewhere(seed):
+    rig = other_rig(seed)
+    assert [camera.size for camera in rig] == [camera.size for camera in people.rig()]
+    assert min(np.linalg.norm(a.C - b.C) for a in rig for b in people.rig()) > 0.3
+    (views,) = seen_by(rig, [Instant(9, "walk", 20, 5)])
+    for view, camera in zip(views, rig, strict=True):
+        np.testing.assert_allclose(view.camera.C, camera.C, atol=1e-9)
+        assert ((view.joints > 0) & (view.joints < 256)).all()
+        np.testing.assert_allclose(view.camera.project(view.joints_3d), view.joints, atol=1e-6)
+
+
+def test_oracles_bound_what_they_say():
+    predicted, module = made_up(7, lost=0.5), fusing()
+    made = bounds(module, predicted)
+    alone = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    with torch.no_grad():
+        fused = module.all_views(predicted["output"], predicted["F"])
+    plain = np.stack([found(o, t) for o, t in zip(fused, predicted["target"], strict=True)])
+    assert np.nanmean(made["perfect sources"]) > np.nanmean(plain) + 0.1
+    assert np.nanmean(made["right sources only"]) >= np.nanmean(alone)
+    for n, v, j in np.ndindex(alone.shape):
+        if np.isfinite(alone[n, v, j]):
+            assert made["any view"][n, v, j] == (np.nansum(alone[n, :, j]) >= 1)
+            assert made["two views"][n, v, j] == (np.nansum(alone[n, :, j]) >= 2)
+
+
+def test_sources_that_are_wrong_say_nothing_at_all():
+    predicted, module = made_up(8, lost=1.0), fusing()
+    alone = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    keep = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
+    assert keep.sum() > 5
+    made = bounds(module, predicted)["right sources only"]
+    np.testing.assert_array_equal(made.transpose(0, 2, 1)[keep], alone.transpose(0, 2, 1)[keep])
