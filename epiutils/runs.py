@@ -234,6 +234,13 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
         return methods | {"meta": json.loads(str(stored["meta"]))}
 
 
+def stored_module(weights: np.ndarray) -> RepairedFusion:
+    """The repaired module of a stored run, from its `weights` (13,)."""
+    module = RepairedFusion()
+    nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
+    return module.requires_grad_(False)
+
+
 def _keep(path: Path, result: dict) -> None:
     arrays = {key: np.asarray(value) for key, value in result.items()}
     for key, values in arrays.items():

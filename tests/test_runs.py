@@ -147,6 +147,16 @@ def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path
         runs.load("best")
 
 
+def test_a_stored_module_is_the_one_that_was_trained():
+    module, predicted = RepairedFusion(), made_up(3, lost=0.3)
+    with torch.no_grad():
+        for k, parameter in enumerate(module.parameters()):
+            parameter += 0.1 * (k + 1)
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()]).numpy()
+    again = runs.stored_module(weights).all_views(predicted["output"], predicted["F"])
+    assert torch.equal(again, module.all_views(predicted["output"], predicted["F"]).detach())
+
+
 @pytest.mark.parametrize("point", ["original", "best"])
 def test_what_is_stored_is_every_method_by_all_seeds(point):
     stored = runs.load(point)
