@@ -77,7 +77,7 @@ def train(
     Raises ValueError where settings are wrong or differ from the checkpoint's, FloatingPointError at a loss that
     is not finite.
     """
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = _accelerator(precision)
     world, rank = accelerator.num_processes, accelerator.process_index
     every = every or math.ceil(len(data) / max(1, batch))
     if schedule not in ("cosine", "constant") or batch % world or min(steps, batch, every, len(data)) < 1:
@@ -150,6 +150,12 @@ def train(
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {done} of {steps}" + (f"; {out} goes on" if out else ""))
     return epochs, rows
+
+
+def _accelerator(precision: str = "no") -> Accelerator:
+    """accelerate's, of all processes that were launched: without a GPU they would each train alone unless it is told."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    return Accelerator(mixed_precision=precision, cpu=launched > 1 and not torch.accelerator.is_available())
 
 
 class _Asked(torch.utils.data.Dataset):
@@ -392,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(stopped)
         return 130
-    if Accelerator().is_main_process:
+    if _accelerator().is_main_process:
         measured = scores(predict(network, MultiView(test, size=chosen.size), progress=True))
         print({key: round(value, 4) for key, value in measured.items()})
         few_measured = {key: epochs[-1][key] for key in measured}
@@ -411,8 +417,8 @@ def _scenes(chosen: argparse.Namespace) -> tuple:
     """What to train on and what to test on."""
     if chosen.human36m:
         return Human36M(chosen.human36m, "train"), Human36M(chosen.human36m, "test")
-    main_process = Accelerator().is_main_process
-    with Accelerator().main_process_first():
+    main_process = _accelerator().is_main_process
+    with _accelerator().main_process_first():
         return tuple(Benchmark(s).prepare(progress=main_process) for s in (chosen.split, "test"))
 
 

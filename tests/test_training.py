@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_training
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from torch import nn
 
 from epiutils.dataset import Benchmark, MultiView
@@ -238,6 +241,26 @@ def test_two_processes_do_what_one_does(tmp_path):
     losses = [[row["loss"] for row in measured] for measured in (rows, two["rows"])]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)  # they are handed on in single precision
     assert losses[0][-1] < 0.9 * losses[0][0]
+    assert_same(network.state_dict(), two["model"], rtol=1e-7, atol=1e-9)
+    assert any(not torch.equal(value, two["model"][key]) for key, value in network.state_dict().items())  # it ran apart
+
+
+def test_a_notebook_launches_two_processes_that_do_what_one_does(tmp_path):
+    """As in the README: from a fresh kernel, before anything was computed there, because the processes are forked."""
+    launch = f"""import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})
+from accelerate import notebook_launcher
+from tiny_training import run
+notebook_launcher(run, ({str(tmp_path)!r}, 6, 0.0, True), num_processes=2)"""
+    notebook = new_notebook(cells=[new_code_cell(launch)])
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the kernel's own
+        patch.setenv("OMP_NUM_THREADS", "1")
+        NotebookClient(notebook, kernel_name="python3", timeout=120, extra_arguments=["--log-level=CRITICAL"]).execute()
+    said = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+    assert "Launching training on 2 " in said, said
+    network, _, rows = tiny_training.run(None, 6, double=True)
+    two = state_of(tmp_path)
+    np.testing.assert_allclose([row["loss"] for row in two["rows"]], [row["loss"] for row in rows], rtol=1e-6)
     assert_same(network.state_dict(), two["model"], rtol=1e-7, atol=1e-9)
     assert any(not torch.equal(value, two["model"][key]) for key, value in network.state_dict().items())  # it ran apart
 
