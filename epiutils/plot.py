@@ -195,6 +195,84 @@ def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", m
     return ax
 
 
+def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, unit: str = "%") -> Axes:
+    """How a value changes step by step, as horizontal bars from the top down, each change with its interval.
+
+    steps: (label, value, (low, high)), the value after each step.  The first and the last are bars from zero, with the
+    interval of the value; those between reach from the value before to theirs, with the interval of the change.
+    dots: for each step, single values that it is the mean of, such as those of several seeds, or none.
+    """
+    labels, values, intervals = zip(*steps, strict=True)
+    last = len(steps) - 1
+    ends = [(values[y - 1] if 0 < y < last else 0) + high for y, (_, high) in enumerate(intervals)]
+    right = 1.02 * max(*values, *ends, *(single for of_step in dots or () for single in of_step))
+    for y, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
+        whole = y in (0, last)
+        before = 0.0 if whole else values[y - 1]
+        change = value - before
+        colour = GREY if whole else GREEN if change >= 0 else RED
+        ax.barh(y, change, left=before, height=0.62, color=colour, alpha=1 if whole else 0.9, zorder=2)
+        for single in dots[y] if dots else ():
+            ax.plot(single, y, "o", ms=3.2, color="white", mec="#333333", mew=0.7, zorder=4)
+        ax.plot((before + low, before + high), (y, y), color="#111111", lw=1.2, zorder=3)
+        text = f"{value:.1f} {unit}" if whole else f"{round(change, 1) + 0.0:+.1f}".replace("-", "−")
+        ax.text(1.16 * right, y, text, ha="right", va="center", fontsize=9.5)
+        if y < last:
+            ax.plot((value, value), (y - 0.31, y + 1.31), color="#999999", lw=0.7, zorder=1)
+    ax.set_yticks(range(len(steps)), labels)
+    ax.set(xlim=(0, 1.16 * right), ylim=(last + 0.6, -0.6))
+    ax.tick_params(axis="y", length=0, labelcolor="black")
+    ax.spines["left"].set_visible(False)
+    return ax
+
+
+def effects(ax: Axes, rows: dict[str, tuple[float, tuple[float, float]]], colour=BLUE) -> Axes:
+    """Changes as dots with their intervals, one a row, from the top down, and the line of no change.
+
+    rows: for each label the change and (low, high).  A change whose interval holds zero is hollow.
+    """
+    for y, (change, (low, high)) in enumerate(rows.values()):
+        face = "white" if low <= 0 <= high else colour
+        ax.plot((low, high), (y, y), color=colour, lw=1.4, zorder=2)
+        ax.plot(change, y, "o", ms=6.5, color=colour, mfc=face, zorder=3)
+    ax.axvline(0, color="#888888", lw=0.8, zorder=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0, labelcolor="black")
+    ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines["left"].set_visible(False)
+    return ax
+
+
+def dots(ax: Axes, names: Sequence[str], series: dict, label: str) -> Axes:
+    """One row a name, in it a dot for each of `series`, joined by a thin line; label: of the axis."""
+    table = np.array(list(series.values()), dtype=float)
+    ax.hlines(range(len(names)), table.min(0), table.max(0), color="#cccccc", lw=1.2, zorder=1)
+    for colour, (name, values) in zip((GREY, *COLOURS), series.items(), strict=False):
+        ax.plot(values, range(len(names)), "o", ms=5.5, color=colour, label=name, zorder=2)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel=label, xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+    ax.tick_params(axis="y", length=0, labelcolor="black")
+    ax.grid(axis="x", color="#eeeeee", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(series))
+    return ax
+
+
+def table(ax: Axes, values, rows: Sequence[str], columns: Sequence[str], texts, title: str = "") -> Axes:
+    """A small table of shares from 0 to 1, the darker the higher, a text in each cell."""
+    ax.imshow(np.nan_to_num(values), cmap="Blues", vmin=0, vmax=1.25)
+    for (y, x), value in np.ndenumerate(np.asarray(values)):
+        ax.text(x, y, texts[y][x], ha="center", va="center", color="white" if value > 0.7 else "black", fontsize=9)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_title(title)
+    ax.tick_params(length=0, labelcolor="black")
+    ax.spines[:].set_visible(False)
+    return ax
+
+
 def ladder(ax: Axes, seconds: dict[str, float]) -> Axes:
     """Times as horizontal bars on a logarithmic scale, each with its number."""
     names = list(seconds)

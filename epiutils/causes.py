@@ -1,0 +1,335 @@
+"""Why the original module fails, taken apart: ridges and peaks, uneven bands, nine weights solved instead of trained.
+
+Without its sigmoid the original is linear in its nine weights: fused = reference + A w, where column k of A is the ridge
+of the source map shifted by the k-th of nine offsets.  HRNet's loss is then a parabola in nine dimensions, and a pair of
+views is, for all that the loss or an optimiser can tell, one 9×9 matrix, nine numbers and one more: `NormalEquations`.
+Solving them takes no steps, and training on them takes milliseconds and gives the weights that training on heatmaps
+gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from epiutils.cameras import Camera
+from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
+from epiutils.experiments import PAIRS
+from epiutils.metrics import bootstrap, found, joint_mean
+from epiutils.redirect import Pencil
+from epiutils.training import _batches
+
+# Which pairs of views
+
+
+def each_pair(scenes: Sequence[int]) -> np.ndarray:
+    """One pair of views of every scene, the next of the twelve `PAIRS` each time: (scene, source, reference), (N, 1, 3)."""
+    return np.array([[(n, *PAIRS[k % len(PAIRS)])] for k, n in enumerate(scenes)])
+
+
+def with_next(scenes: Sequence[int]) -> np.ndarray:
+    """Each view of every scene with the next camera as its source, as `runs.WithNext`: (N, 4, 3)."""
+    return np.array([[(n, (r + 1) % 4, r) for r in range(4)] for n in scenes])
+
+
+def all_pairs(scenes: Sequence[int]) -> np.ndarray:
+    """All pairs of every scene, in the order of `experiments.HeatmapPairs`: (N, 12, 3)."""
+    return np.array([[(n, *pair) for pair in PAIRS] for n in scenes])
+
+
+class Pairs:
+    """Chosen pairs of views of what `training.predict` gives: their ridges, and quick scores of fusing them.
+
+    chosen: (N, K, 3), K pairs (scene, source, reference) of each of N scenes.  F: (4, 4, 3, 3) for all scenes, in the
+    place of each scene's own.  maps: "output", the network's heatmaps, or "target", perfect ones.
+    """
+
+    def __init__(self, predicted: dict[str, Tensor], chosen: np.ndarray, F: Tensor | None = None, maps: str = "output"):
+        self.predicted, self.chosen, self.maps = predicted, np.asarray(chosen), maps
+        n, s, r = self._index = torch.from_numpy(self.chosen.reshape(-1, 3).T.copy())
+        self.F = predicted["F"][n, s, r] if F is None else F[s, r]  # (N · K, 3, 3)
+        self.shape = tuple(predicted["output"].shape[-2:])
+        self._pencils: dict[float, list[Pencil]] = {}
+        self._ridges: dict[tuple, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.F)
+
+    def at_source(self, key: str) -> Tensor:
+        """An entry of `predicted` at the source view of each pair: (N · K, …)."""
+        n, s, _ = self._index
+        return self.predicted[key][n, s]
+
+    def at_reference(self, key: str) -> Tensor:
+        """An entry of `predicted` at the reference view of each pair: (N · K, …)."""
+        n, _, r = self._index
+        return self.predicted[key][n, r]
+
+    @cached_property
+    def source(self) -> Tensor:
+        """Heatmaps of the sources (N · K, J, H, W)."""
+        return self.at_source(self.maps)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Heatmaps of the references (N · K, J, H, W)."""
+        return self.at_reference(self.maps)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """Targets of the references (N · K, J, H, W)."""
+        return self.at_reference("target")
+
+    def pencils(self, threshold: float) -> list[Pencil]:
+        """The `Pencil` of each pair, kept."""
+        if threshold not in self._pencils:
+            self._pencils[threshold] = pencils = [Pencil.from_fundamental(F, self.shape, threshold) for F in self.F]
+            for pencil in pencils:  # what a pencil keeps, made between large maps later, would fragment the memory
+                pencil.sum(torch.zeros(1, *self.shape) * pencil.count[0])
+        return self._pencils[threshold]
+
+    def ridges(self, threshold: float = 1.0, collect: str = "sum") -> Tensor:
+        """What the source throws across the reference, in half precision, kept: (N · K, J, H, W).
+
+        collect: "sum" along the line, as the original with a weight of 1 in the middle; its "mean"; or "max"; 0 where
+        a band is empty.  The maximum loses nothing: the cache's heatmaps are in half precision too.
+        """
+        if (threshold, collect) not in self._ridges:
+            ridges = torch.empty_like(self.source, dtype=torch.half)
+            for k, (pencil, source) in enumerate(zip(self.pencils(threshold), self.source, strict=True)):
+                ridge = getattr(pencil, "max" if collect == "max" else "sum")(source)
+                if collect != "sum":
+                    count = pencil.count[0]
+                    ridge = (ridge / count.clamp_min(1) if collect == "mean" else ridge).where(count > 0, 0.0)
+                ridges[k] = ridge
+            self._ridges[threshold, collect] = ridges
+        return self._ridges[threshold, collect]
+
+    def fused(
+        self, gain: float, threshold: float = 1.0, collect: str = "sum", sigmoid: bool = False, which=slice(None)
+    ) -> Tensor:
+        """reference + gain · ridge of all pairs, or of those that `which` chooses, squashed if asked: (P, J, H, W)."""
+        ridges = self.ridges(threshold, collect)[which]
+        maps = torch.add(self.reference[which], ridges.to(self.reference.dtype), alpha=gain)
+        return maps.sigmoid_() if sigmoid else maps
+
+    def rescore(
+        self, gain: float, threshold: float = 1.0, collect: str = "sum", sigmoid: bool = False, chunk: int = 16
+    ) -> np.ndarray:
+        """Which joints are found in the `fused` maps of all pairs: (N, K, J).
+
+        A few pairs at a time: maps that stay in the processor's cache are scored several times faster.
+        """
+        parts = [slice(first, first + chunk) for first in range(0, len(self), chunk)]
+        right = [found(self.fused(gain, threshold, collect, sigmoid, part), self.target[part]) for part in parts]
+        return np.concatenate(right).reshape(*self.chosen.shape[:2], -1)
+
+    def alone(self) -> np.ndarray:
+        """Which joints are found in the reference views alone: (N, K, J)."""
+        return found(self.reference, self.target).reshape(*self.chosen.shape[:2], -1)
+
+    @torch.no_grad()
+    def score(self, weights, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False) -> np.ndarray:
+        """Which joints the original module finds with each of S kernels: (S, N, K, J), see `metrics.found`.
+
+        weights: (S, 3, 3), or (S, 9); or (S, J, 3, 3), a kernel for each joint.  per_band: see `NormalEquations.of`.
+        """
+        output, target = self.predicted[self.maps], self.predicted["target"]
+        joints = output.shape[2]
+        kernels = torch.as_tensor(weights, dtype=output.dtype).reshape(len(weights), -1, 3, 3)  # (S, 1 or J, 3, 3)
+        kernels = kernels.expand(-1, joints, 3, 3).transpose(0, 1).reshape(-1, 1, 3, 3)  # (J · S, 1, 3, 3)
+        right = np.empty((len(weights), len(self), joints))
+        for k, ((n, s, r), pencil) in enumerate(zip(self._index.T, self.pencils(threshold), strict=True)):
+            weighed = nn.functional.conv2d(output[n, s][None], kernels, padding=1, groups=joints)
+            ridge = _ridge(pencil, weighed.view(joints, -1, *self.shape), per_band)
+            fused = output[n, r][:, None] + ridge  # (J, S, H, W)
+            right[:, k] = found(fused.sigmoid() if sigmoid else fused, target[n, r][:, None].expand_as(fused)).T
+        return right.reshape(-1, *self.chosen.shape[:2], joints)
+
+
+def _ridge(pencil: Pencil, weighed: Tensor, per_band: float | None) -> Tensor:
+    ridge = pencil.sum(weighed)
+    return ridge if per_band is None else ridge * per_band / pencil.count[0].clamp_min(1)
+
+
+# The loss as a parabola
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """HRNet's loss of the fused maps, a parabola in the nine weights: ½ (wᵀ G w − 2 bᵀ w + c) for each pair and joint.
+
+    With A (H·W, 9) the ridges of the nine shifted sources, e = target − reference, and v the joint's weight in the
+    loss: gram G = v² AᵀA (P, J, 9, 9), moment b = v² Aᵀe (P, J, 9), constant c = v² eᵀe (P, J), each over H · W, in
+    float64.  The loss of some pairs is the mean over them and the joints.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    constant: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, pairs: Pairs, threshold: float = 1.0, per_band: float | None = None) -> NormalEquations:
+        """Those of pairs of views.
+
+        per_band: what a band counts for, however many pixels it holds, by default as many as it holds: with 1 the
+        ridge is a mean along the line, with the usual number of pixels its height stays and only its unevenness goes.
+        """
+        maps, target, weight = (pairs.predicted[key] for key in (pairs.maps, "target", "weight"))
+        products = torch.empty(len(pairs), maps.shape[2], 10, 10, dtype=torch.float64)
+        for k, ((n, s, r), F) in enumerate(zip(pairs._index.T, pairs.F, strict=True)):
+            pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
+            A = _ridge(pencil, nine_shifts(maps[n, s]), per_band).flatten(-2)  # (J, 9, H·W)
+            e = (target[n, r] - maps[n, r]).flatten(-2)[:, None]  # (J, 1, H·W)
+            rows = weight[n, r, :, None, None] * torch.cat([A, e], 1)  # (J, 10, H·W)
+            products[k] = (rows @ rows.mT) / rows.shape[-1]
+        return cls(products[..., :9, :9], products[..., 9, :9], products[..., 9, 9])
+
+    def scaled(self, factor: float) -> NormalEquations:
+        """Those of ridges that are `factor` times as high."""
+        return NormalEquations(factor**2 * self.gram, factor * self.moment, self.constant)
+
+    @cached_property
+    def curvature(self) -> Tensor:
+        """The Hessian of the loss of all pairs, (9, 9)."""
+        return self.gram.mean((0, 1))
+
+    def loss(self, weights: Tensor) -> Tensor:
+        """Of all pairs, at weights (..., 9): (...)."""
+        w = weights.double()
+        quadratic = (w @ self.curvature * w).sum(-1) - 2 * w @ self.moment.mean((0, 1))
+        return (quadratic + self.constant.mean()) / 2
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """Of the loss of all pairs, at weights (..., 9): (..., 9)."""
+        return weights.double() @ self.curvature - self.moment.mean((0, 1))
+
+    def solve(self, each_joint: bool = False) -> Tensor:
+        """The weights with the least loss, the smallest where there are several: (9,), or each joint's own (J, 9)."""
+        over = (0,) if each_joint else (0, 1)
+        return (torch.linalg.pinv(self.gram.mean(over), hermitian=True) @ self.moment.mean(over)[..., None])[..., 0]
+
+    def train(self, initial: Tensor, seeds: Sequence[int], steps: int, batch: int = 8, lr: float = 1e-3) -> Tensor:
+        """The weights before and after each step of `training.train` without decay or schedule: (S, steps + 1, 9).
+
+        initial: (S, 9), each seed's; the seed orders the pairs.  AdamW scales each number by itself, so the S
+        trainings are one.
+        """
+        grams, moments = self.gram.mean(1), self.moment.mean(1)  # (P, 9, 9), (P, 9)
+        weights = nn.Parameter(initial.clone())
+        optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0)
+        orders = [itertools.islice(_batches(len(grams), batch, seed), steps) for seed in seeds]
+        path = [initial]
+        for drawn in zip(*orders, strict=True):
+            chosen = torch.tensor([[index for _, index in pairs] for pairs in drawn])  # (S, batch)
+            gradient = (grams[chosen].mean(1) @ weights.detach().double()[..., None])[..., 0] - moments[chosen].mean(1)
+            weights.grad = gradient.to(weights.dtype)
+            optimizer.step()
+            path.append(weights.detach().clone())
+        return torch.stack(path, 1)
+
+
+def nine_shifts(maps: Tensor) -> Tensor:
+    """What each of the nine weights, at 1 and alone, makes of heatmaps, row by row: (J, H, W) → (J, 9, H, W)."""
+    height, width = maps.shape[-2:]
+    padded = nn.functional.pad(maps, (1, 1, 1, 1))
+    return torch.stack([padded[..., u : u + height, v : v + width] for u in range(3) for v in range(3)], -3)
+
+
+def initial_weights(seeds: Sequence[int]) -> Tensor:
+    """The weights that `OriginalFusion` begins with after `torch.manual_seed` of each seed: (S, 9)."""
+    drawn = [torch.empty(3, 3).uniform_(-1 / 3, 1 / 3, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).flatten(1)
+
+
+# Lines, bands, epipoles
+
+
+def along_line(values: Tensor, line: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of a map that a line crosses, one in each column (or row, where the line is steep), in order.
+
+    values: (H, W).  line: (3,), a·x + b·y + c = 0.  Returns how far along the line each is from the first (px), and
+    the values.
+    """
+    a, b, c = (float(v) for v in line)
+    height, width = values.shape[-2:]
+    if abs(b) >= abs(a):
+        x = np.arange(width)
+        y = -(a * x + c) / b
+    else:
+        y = np.arange(height)
+        x = -(b * y + c) / a
+    column, row = np.rint(x).astype(int), np.rint(y).astype(int)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    if not inside.any():
+        return np.empty(0), np.empty(0)
+    far = np.hypot(x - x[inside][0], y - y[inside][0])[inside]
+    return far, np.asarray(values)[row[inside], column[inside]]
+
+
+def unevenness(profile: np.ndarray) -> float:
+    """By how much a profile varies: (largest − smallest) / mean."""
+    return float(np.ptp(profile) / np.mean(profile))
+
+
+def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
+    """Whether the epipole lies in the reference heatmap (H, W): F (..., 3, 3) → (...) bool."""
+    e = epipoles(F)[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = np.asarray(e[..., 0] / e[..., 2]), np.asarray(e[..., 1] / e[..., 2])
+    return (x > -0.5) & (x < shape[1] - 0.5) & (y > -0.5) & (y < shape[0] - 0.5)
+
+
+def forgetting_crop(cameras: Sequence[Camera], shape: tuple[int, int], joints: np.ndarray | None = None) -> Tensor:
+    """F between heatmaps as if they showed the whole pictures, not crops: (V, V, 3, 3), F[s, r] from view s to view r.
+
+    From calibration; or, with joints (..., 3) in metres, by OpenCV's least median of squares from their whole pixels in
+    the uncropped pictures, as its tutorial does it.
+    """
+    F = np.zeros((len(cameras), len(cameras), 3, 3))
+    scales = [np.diag([shape[1] / c.size[0], shape[0] / c.size[1], 1.0]) for c in cameras]
+    for s, r in itertools.permutations(range(len(cameras)), 2):
+        if joints is None:
+            between = fundamental_from_cameras(cameras[s], cameras[r])
+        else:
+            pixels = [np.rint(cameras[v].project(joints.reshape(-1, 3))) for v in (s, r)]
+            between = find_fundamental(*pixels, "lmeds")[0]
+        F[s, r] = transfer(between, scales[s], scales[r])
+    return torch.from_numpy(F)
+
+
+# Effects
+
+
+def two_by_two(source: np.ndarray, reference: np.ndarray, fused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joints by whether the source and the reference had them right: how many, and the share that is right when fused.
+
+    source, reference, fused: found (...), of one shape, of 1, 0 and nan.  Returns counts and shares (2, 2), rows
+    reference wrong, right; columns source wrong, right; a share of none is nan.
+    """
+    counted = ~np.isnan(source + reference + fused)
+    cells = [[counted & (reference == r) & (source == s) for s in (0, 1)] for r in (0, 1)]
+    counts = np.array([[cell.sum() for cell in row] for row in cells])
+    right = np.array([[fused[cell].sum() for cell in row] for row in cells])
+    return counts, np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
+
+
+def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The difference of two methods' accuracies on the same scenes, and its paired 95 % interval.
+
+    values, against: found (N, ..., J), or (S, N, ..., J) of S seeds (told by `ndim`): then their mean.
+    """
+    values, against = (_over_seeds(v) for v in (values, against))
+    return joint_mean(values) - joint_mean(against), bootstrap(values, against)
+
+
+def _over_seeds(values: np.ndarray) -> np.ndarray:
+    """found (S, N, K, J) → (N, K, J)."""
+    return values.mean(0) if values.ndim == 4 else values

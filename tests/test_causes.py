@@ -1,0 +1,314 @@
+"""The failure's causes against literal loops, NumPy's least squares, autograd and the trainings that they stand for."""
+
+import numpy as np
+import pytest
+import torch
+from rigs import camera_pair, look_at, random_maps, world_points
+from test_experiments import JOINTS, SHAPE, WEIGHTS, literal_right, made_up
+
+from epiutils import causes, plot
+from epiutils.causes import NormalEquations, Pairs
+from epiutils.epipolar import fundamental_from_cameras, point_line_distance, transfer
+from epiutils.experiments import PAIRS, HeatmapPairs, fusion_loss, score, watch
+from epiutils.fusion import OriginalFusion
+from epiutils.heatmaps import joints_mse
+from epiutils.metrics import bootstrap, joint_mean
+from epiutils.redirect import redirect
+from epiutils.runs import WithNext
+from epiutils.training import train
+
+TINY = (7, 9)
+MIDDLE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+
+def as_double(predicted) -> dict[str, torch.Tensor]:
+    return predicted | {key: predicted[key].double() for key in ("output", "target", "weight", "F")}
+
+
+def explicit(predicted, at, threshold=1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns A (J, H·W, 9), the wanted change e (J, H·W) and the weights of one pair, by nested loops."""
+    n, s, r = at
+    maps, F = predicted["output"][n], predicted["F"][n, s, r]
+    columns = []
+    for k in range(9):
+        fusion = OriginalFusion(threshold, shape=maps.shape[-2:], method="loop", initial=torch.eye(9)[k].reshape(3, 3))
+        with torch.no_grad():
+            columns.append(fusion.double()(maps[s, None], 0 * maps[r, None], F)[0].flatten(-2))
+    return (np.stack(columns, -1), (predicted["target"][n, r] - maps[r]).flatten(-2).numpy(),
+            predicted["weight"][n, r].numpy())  # fmt: skip
+
+
+# Which pairs, and their scores
+
+
+def test_every_pair_of_cameras_comes_up_once_in_twelve_scenes():
+    chosen = causes.each_pair(range(5, 29))
+    assert chosen.shape == (24, 1, 3)
+    assert chosen[:, 0, 0].tolist() == list(range(5, 29))
+    assert sorted(map(tuple, chosen[7:19, 0, 1:])) == sorted(PAIRS)
+
+
+def test_all_pairs_are_in_the_order_of_the_training_data():
+    predicted = made_up()
+    pairs, data = Pairs(predicted, causes.all_pairs(range(3))), HeatmapPairs(predicted)
+    assert len(pairs) == len(data) == 36
+    for k, sample in enumerate(data):
+        for name in ("source", "reference", "target"):
+            assert torch.equal(getattr(pairs, name)[k], sample[name])
+        assert torch.equal(pairs.F[k], sample["F"])
+        assert torch.equal(pairs.at_reference("weight")[k], sample["weight"])
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_kernels_are_scored_as_the_original_module_with_each_source(seed, sigmoid):
+    predicted, kernels = made_up(seed), [WEIGHTS / 30, MIDDLE / 20, -WEIGHTS / 50]
+    scored = Pairs(predicted, causes.with_next(range(3))).score(torch.stack(kernels), 1.5, sigmoid=sigmoid)
+    assert scored.shape == (3, 3, 4, JOINTS)
+    for kernel, found in zip(kernels, scored, strict=True):
+        fusion = OriginalFusion(1.5, sigmoid, shape=SHAPE, initial=kernel)
+        np.testing.assert_array_equal(found, score(fusion, predicted, sources=1)["found"][:, :, 0])
+        with torch.no_grad():
+            maps = WithNext(fusion).all_views(predicted["output"], predicted["F"])
+        each = zip(maps.flatten(0, 2).numpy(), predicted["target"].flatten(0, 2).numpy(), strict=True)
+        literal = [literal_right(fused, target) for fused, target in each]
+        np.testing.assert_array_equal(found.ravel(), literal)
+    assert len({joint_mean(found) for found in scored}) > 1
+
+
+def test_each_joint_may_have_its_own_kernel_and_all_scenes_one_f():
+    predicted, chosen = made_up(4), causes.each_pair(range(3))
+    own = torch.randn(2, JOINTS, 3, 3, generator=torch.Generator().manual_seed(0)) / 60
+    scored = Pairs(predicted, chosen).score(own)
+    for j in range(JOINTS):
+        np.testing.assert_array_equal(scored[..., j], Pairs(predicted, chosen).score(own[:, j])[..., j])
+    F = predicted["F"][1]
+    elsewhere = Pairs(predicted | {"F": F.expand(3, -1, -1, -1, -1)}, chosen).score(own)
+    np.testing.assert_array_equal(Pairs(predicted, chosen, F).score(own), elsewhere)
+
+
+@pytest.mark.parametrize("collect", ["sum", "mean", "max"])
+def test_ridges_are_what_a_dense_mask_collects(collect):
+    predicted = made_up(1)
+    pairs = Pairs(predicted, causes.each_pair(range(3)))
+    for k, (source, F) in enumerate(zip(pairs.source, pairs.F, strict=True)):
+        one_each = torch.eye(SHAPE[0] * SHAPE[1]).unflatten(-1, SHAPE)
+        band = redirect(one_each, F, 1.0, "dense").flatten(-2) > 0  # (source pixel, reference pixel)
+        each = torch.where(band, source.flatten(-2)[:, :, None], 0.0 if collect != "max" else -torch.inf)
+        count = band.sum(0).clamp_min(1)
+        wanted = {"sum": each.sum(1), "mean": each.sum(1) / count, "max": each.amax(1)}[collect]
+        wanted = wanted.where(band.any(0), 0.0).unflatten(-1, SHAPE)
+        torch.testing.assert_close(pairs.ridges(1.0, collect)[k].float(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gain", [-0.02, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_quick_scores_of_a_gain_are_those_of_the_original_module(gain, sigmoid):
+    predicted = made_up(2, scenes=5)
+    pairs, fusion = Pairs(predicted, causes.with_next(range(5))), OriginalFusion(1.0, sigmoid, SHAPE, "pencil", gain * MIDDLE)
+    literal = score(fusion, predicted, 1)["found"][:, :, 0]
+    np.testing.assert_array_equal(pairs.rescore(gain, sigmoid=sigmoid, chunk=3), literal)
+    np.testing.assert_array_equal(pairs.rescore(0.0), pairs.alone())
+    np.testing.assert_array_equal(pairs.alone(), score(None, predicted, 1)["found"][:, :, 0])
+
+
+def test_perfect_heatmaps_are_all_right_alone_and_survive_a_maximum_of_any_gain():
+    pairs = Pairs(made_up(3), causes.each_pair(range(3)), maps="target")
+    for gain in (0.1, 1.0, 10.0):
+        assert np.nanmin(pairs.rescore(gain, collect="max")) == 1
+    assert joint_mean(pairs.rescore(10.0)) < 0.5
+
+
+# The loss as a parabola
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_weights_are_numpys_least_squares(seed):
+    predicted = as_double(made_up(seed, 1))
+    small = torch.diag(torch.tensor([TINY[1] / SHAPE[1], TINY[0] / SHAPE[0], 1], dtype=torch.float64))
+    for key, other in (("output", 0), ("target", 9)):
+        predicted[key] = random_maps(1, 4, JOINTS, *TINY, seed=seed + other)
+    predicted["F"] = transfer(predicted["F"], small, small)
+    chosen = causes.with_next(range(1))[:, :2]
+    equations = NormalEquations.of(Pairs(predicted, chosen))
+    systems = [explicit(predicted, at) for at in chosen[0]]
+    A = np.concatenate([weight[:, None, None] * A for A, _, weight in systems])  # (pairs · J, H·W, 9)
+    e = np.concatenate([weight[:, None] * e for _, e, weight in systems])
+    best, residual, rank, _ = np.linalg.lstsq(A.reshape(-1, 9), e.ravel(), rcond=None)
+    assert rank == 9
+    np.testing.assert_allclose(equations.solve(), best, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(equations.loss(equations.solve()), residual[0] / e.size / 2, rtol=1e-9)
+    for j, own in enumerate(equations.solve(each_joint=True)):
+        of_joint = np.linalg.lstsq(A[j::JOINTS].reshape(-1, 9), e[j::JOINTS].ravel(), rcond=None)[0]
+        np.testing.assert_allclose(own, of_joint, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 2.5])
+def test_the_parabola_is_the_loss_of_the_module_and_its_gradient_is_autograds(threshold):
+    predicted = as_double(made_up(5))
+    pairs = Pairs(predicted, causes.with_next(range(3)))
+    equations = NormalEquations.of(pairs, threshold)
+    fusion = OriginalFusion(threshold, shape=SHAPE, initial=WEIGHTS).double()
+    loss = joints_mse(fusion(pairs.source, pairs.reference, pairs.F), pairs.target, pairs.at_reference("weight"))
+    loss.backward()
+    torch.testing.assert_close(equations.loss(fusion.weight.detach().flatten()), loss.detach(), rtol=1e-9, atol=0)
+    gradient = fusion.weight.grad.flatten()
+    torch.testing.assert_close(equations.gradient(WEIGHTS.flatten()), gradient, rtol=1e-6, atol=1e-9)
+    alone = joints_mse(pairs.reference, pairs.target, pairs.at_reference("weight"))
+    torch.testing.assert_close(equations.loss(torch.zeros(9)), alone, rtol=1e-9, atol=0)
+
+
+def test_nothing_is_better_than_the_best_weights_and_descent_ends_there():
+    equations = NormalEquations.of(Pairs(as_double(made_up(6)), causes.with_next(range(3))))
+    best = equations.solve()
+    assert equations.gradient(best).abs().max() < 1e-12
+    others = best + torch.randn(200, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 100
+    assert (equations.loss(others) > equations.loss(best)).all()
+    values, vectors = torch.linalg.eigh(equations.curvature)
+    weights, losses = torch.zeros(9, dtype=torch.float64), []
+    for _ in range(50):  # gradient descent, in coordinates in which the parabola is round
+        weights = weights - 0.5 * vectors @ ((vectors.T @ equations.gradient(weights)) / values)
+        losses.append(equations.loss(weights))
+    assert (torch.stack(losses).diff() <= 1e-15).all()
+    torch.testing.assert_close(weights, best, rtol=1e-6, atol=1e-9)
+
+
+def test_training_on_the_equations_is_training_on_the_heatmaps():
+    predicted, seeds, settings = made_up(7), (3, 8), {"steps": 12, "batch": 5, "lr": 1e-2}
+    equations = NormalEquations.of(Pairs(predicted, causes.all_pairs(range(3))))
+    path = equations.train(causes.initial_weights(seeds), seeds, **settings)
+    assert path.shape == (2, 13, 9)
+    for seed, of_seed in zip(seeds, path, strict=True):
+        torch.manual_seed(seed)
+        fusion = OriginalFusion(shape=SHAPE)
+        _, rows = train(fusion, fusion_loss, HeatmapPairs(predicted), weight_decay=0, schedule="constant", seed=seed,
+                        log=watch, progress=False, **settings)  # fmt: skip
+        literal = torch.tensor([[row[f"w{k}"] for k in range(9)] for row in rows])
+        torch.testing.assert_close(of_seed[:-1], literal, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(of_seed[-1], fusion.weight.detach().flatten(), rtol=1e-4, atol=1e-6)
+    assert (path[:, 0] - path[:, -1]).abs().max() > 0.05
+
+
+def test_what_a_band_counts_for_divides_the_ridge_by_the_number_of_its_pixels():
+    predicted = as_double(made_up(8, 1))
+    pairs = Pairs(predicted, causes.each_pair(range(1)))
+    mean, even = (NormalEquations.of(pairs, per_band=count) for count in (1.0, 40.0))
+    (n, s, r), F = pairs.chosen[0, 0], pairs.F[0]
+    count = redirect(torch.ones(SHAPE, dtype=torch.float64), F, 1.0).clamp_min(1)
+    A = (redirect(causes.nine_shifts(predicted["output"][n, s]), F, 1.0) / count).flatten(-2)
+    weight = predicted["weight"][n, r]
+    gram = weight[:, None, None] * (A @ A.mT) / A.shape[-1]
+    torch.testing.assert_close(mean.gram[0], gram, rtol=1e-9, atol=1e-15)
+    for ours, theirs in zip(vars(mean.scaled(40.0)).values(), vars(even).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    kernel = 3 * WEIGHTS[None]
+    np.testing.assert_array_equal(pairs.score(kernel, per_band=40.0), pairs.score(40 * kernel, per_band=1.0))
+
+
+def test_the_nine_shifts_are_the_modules_windows_and_its_initial_weights_pytorchs():
+    maps = random_maps(4, *TINY)
+    for k in range(9):
+        fusion = OriginalFusion(shape=TINY, initial=torch.eye(9)[k].reshape(3, 3)).double()
+        torch.testing.assert_close(causes.nine_shifts(maps)[:, k], fusion.convolve(maps).detach(), rtol=0, atol=0)
+    for seed, weights in zip((0, 7), causes.initial_weights((0, 7)), strict=True):
+        torch.manual_seed(seed)
+        assert torch.equal(OriginalFusion().weight.detach().flatten(), weights)
+
+
+# Lines, bands, epipoles
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_profile_reads_the_ridge_at_the_pixels_nearest_to_the_line(seed):
+    rng = np.random.default_rng(seed)
+    normal, through = rng.normal(size=2), rng.uniform(0.3, 0.7, 2) * (TINY[1], TINY[0])
+    line = torch.tensor([*normal, -normal @ through])
+    F = random_maps(3, 3, seed=5) @ torch.diag(torch.tensor([1.0, 1, 0], dtype=torch.float64))  # of rank 2
+    ridge = redirect(random_maps(*TINY, seed=seed), F, 1.5, "loop")
+    far, values = causes.along_line(ridge, line)
+    steep = abs(normal[0]) > abs(normal[1])
+    wanted = []
+    for k in range(TINY[0] if steep else TINY[1]):
+        x, y = (-(normal[1] * k + line[2]) / normal[0], k) if steep else (k, -(normal[0] * k + line[2]) / normal[1])
+        x, y = round(float(x)), round(float(y))
+        if 0 <= x < TINY[1] and 0 <= y < TINY[0]:
+            wanted.append(float(ridge[y, x]))
+    np.testing.assert_array_equal(values, wanted)
+    assert far[0] == 0 and (np.diff(far) >= 1).all() and (np.diff(far) <= 2**0.5 + 1e-9).all()
+
+
+def test_a_line_beside_the_map_has_no_profile_and_a_flat_one_no_unevenness():
+    far, values = causes.along_line(torch.ones(TINY), torch.tensor([0.0, 1, 30]))
+    assert len(far) == len(values) == 0
+    assert causes.unevenness(np.full(5, 3.0)) == 0
+    assert causes.unevenness(np.array([1.0, 2, 3])) == 1
+
+
+def test_the_epipole_is_inside_where_the_source_camera_is_in_the_picture():
+    reference = look_at((0, -4, 1), (0, 0, 1))
+    for x, z in ((0, 1), (1.9, 1), (2.3, 1), (0, 2.4), (0, 2.7), (-1, 0.2), (-2.3, 1)):
+        source = look_at((x, 1, z), (0, 0, 1))
+        at = reference.project(source.C)
+        inside = bool((at > -0.5).all() and (at < np.array(reference.size) - 0.5).all())
+        F = torch.from_numpy(fundamental_from_cameras(source, reference))
+        width, height = reference.size
+        assert causes.epipole_inside(F[None], (height, width)).tolist() == [inside]
+    sideways = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)  # the epipole at infinity
+    assert not causes.epipole_inside(sideways, TINY)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_forgetting_the_crop_takes_f_of_the_whole_pictures(seed):
+    cameras, X = camera_pair(seed), world_points(seed)
+    F = causes.forgetting_crop(cameras, SHAPE)
+    assert F.shape == (2, 2, 3, 3) and not F[0, 0].any()
+    small = [camera.project(X) * np.array([SHAPE[1], SHAPE[0]]) / camera.size for camera in cameras]
+    for s, r in ((0, 1), (1, 0)):
+        assert point_line_distance(F[s, r], *(torch.from_numpy(small[v]) for v in (s, r))).max() < 1e-6
+    estimated = causes.forgetting_crop(cameras, SHAPE, X)
+    for s, r in ((0, 1), (1, 0)):
+        off = point_line_distance(estimated[s, r], *(torch.from_numpy(small[v]) for v in (s, r)))
+        assert 0 < off.median() < 0.5  # whole pixels of the picture, read in small ones
+
+
+# Effects and pictures
+
+
+def test_joints_are_counted_by_who_had_them_right():
+    rng = np.random.default_rng(0)
+    source, reference, fused = rng.choice([0.0, 1.0, np.nan], (3, 50, 4, 6), p=[0.45, 0.45, 0.1])
+    counts, shares = causes.two_by_two(source, reference, fused)
+    for r in (0, 1):
+        for s in (0, 1):
+            cell = [f for a, b, f in zip(source.flat, reference.flat, fused.flat) if (a, b) == (s, r) and f == f]
+            assert counts[r, s] == len(cell) and shares[r, s] == pytest.approx(np.mean(cell))
+    counts, shares = causes.two_by_two(np.ones(3), np.ones(3), np.zeros(3))
+    assert counts.tolist() == [[0, 0], [0, 3]] and shares[1, 1] == 0 and np.isnan(shares).sum() == 3
+
+
+def test_an_effect_is_the_paired_difference_over_scenes_of_the_mean_over_seeds():
+    rng = np.random.default_rng(1)
+    values, against = (rng.random((seeds, 40, 4, 5)) < p for seeds, p in ((3, 0.6), (1, 0.4)))
+    change, interval = causes.effect(values.astype(float), against.astype(float))
+    assert change == pytest.approx(values.mean() - against.mean())
+    assert interval == bootstrap(values.mean(0), against[0].astype(float)) and interval[0] < change < interval[1]
+    assert causes.effect(values.mean(0), values.mean(0)) == (0, (0, 0))
+
+
+def test_a_waterfall_reaches_from_each_value_to_the_next():
+    steps = [("start", 10.0, (9.0, 11.0)), ("up", 30.0, (15.0, 24.0)), ("down", 25.0, (-6.0, -3.0)), ("end", 40.0, (38, 41))]
+    fig, ax = plot.figure()
+    plot.waterfall(ax, steps, dots=[[9, 11], [], [24], []])
+    ends = [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in ax.patches]
+    np.testing.assert_allclose(ends, [[0, 10], [10, 30], [25, 30], [0, 40]])
+    assert [text.get_text() for text in ax.texts] == ["10.0 %", "+20.0", "−5.0", "40.0 %"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["start", "up", "down", "end"]
+    fig.canvas.draw()
+
+
+def test_effects_without_effect_are_hollow():
+    fig, ax = plot.figure()
+    plot.effects(ax, {"nothing": (0.1, (-1.0, 1.0)), "something": (2.0, (1.0, 3.0))})
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [True, False]
+    fig.canvas.draw()
