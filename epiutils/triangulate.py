@@ -7,6 +7,8 @@ Arrays and tensors alike where a signature names neither; torch differentiates.
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import torch
 from array_api_compat import array_namespace
@@ -151,6 +153,22 @@ def _refine(X: np.ndarray, points: np.ndarray, P: np.ndarray, w: np.ndarray, thr
     z = np.zeros(X.size)
     tolerances = {"ftol": None, "xtol": None, "gtol": 1e-6, "max_nfev": 100}  # of each point, not of their sum
     return at(least_squares(offsets, z, slopes, loss="soft_l1", f_scale=threshold, tr_solver="lsmr", **tolerances).x)
+
+
+def best_subset(points: np.ndarray, P: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """An oracle that bounds what choosing views can give: of all that two or more triangulate, the nearest to the truth.
+
+    points: (..., V, 2).  P: (..., V, 3, 4).  true: (..., 3).  Returns (..., 3), nan where no two views have a point.
+    """
+    points, true = np.asarray(points, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    best, least = np.full(true.shape, np.nan), np.full(true.shape[:-1], np.inf)
+    views = range(points.shape[-2])
+    for chosen in (list(c) for n in views if n > 0 for c in combinations(views, n + 1)):
+        X = triangulate(points[..., chosen, :], P[..., chosen, :, :])
+        error = np.linalg.norm(X - true, axis=-1)
+        nearer = error < least  # never where X is nan
+        best, least = np.where(nearer[..., None], X, best), np.where(nearer, error, least)
+    return best
 
 
 def soft_argmax(heatmaps: Tensor, sharpness: float = 15.0) -> tuple[Tensor, Tensor]:

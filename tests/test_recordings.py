@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,21 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import Camera, write_calib
-from epiutils.heatmaps import decode
-from epiutils.recordings import BONES, JOINTS, Status, _fit, _picture, guess_model, heatmaps, read_recording
+from epiutils.epipolar import symmetric_epipolar_distance
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
+from epiutils.recordings import (
+    BONES,
+    JOINTS,
+    Status,
+    _fit,
+    _picture,
+    as_predicted,
+    guess_model,
+    heatmaps,
+    read_recording,
+    realigned,
+)
+from epiutils.triangulate import from_heatmaps, projection_matrices
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing"
 WIDTH, HEIGHT, FRAMES = 160, 240, 24
@@ -285,6 +299,49 @@ def test_heatmap_peak_is_the_confidence_and_dark_finds_the_joint(x, y, dx, dy, c
     assert maps[0, y, x] == maps[0].max() == confidence and (maps[2] == 0).all()
     points, _ = decode(maps[:2], "dark")
     np.testing.assert_allclose(points.numpy() * 4, joints[:2], atol=1e-6)
+
+
+def test_detections_as_a_network_would_predict_them_are_those_of_the_views(made):
+    """Not only is each the views' own: their lines meet, and they triangulate to the person that was filmed."""
+    write_json(first(made, 2), [])  # frame 0 has nobody in the second camera
+    recording = read_recording(made)
+    seen = as_predicted(recording)
+    assert seen["index"].tolist() == [1, 2] and seen["output"].shape == (2, 2, 25, 64, 64)
+    assert seen["output"].dtype == torch.float32 and not seen["F"][:, range(2), range(2)].any()
+    for n, t in enumerate(seen["index"].tolist()):
+        views = recording.views(recording.frames[t])
+        np.testing.assert_allclose(seen["output"][n], torch.stack([heatmaps(view) for view in views]), atol=1e-6)
+        np.testing.assert_allclose(seen["joints"][n], [view.joints for view in views])
+        P = projection_matrices(*(seen[key][n] for key in "KRt"))
+        np.testing.assert_allclose(P, [view.camera.P for view in views], atol=1e-9)
+        x = [view.joints @ HEATMAP_FROM_INPUT[:2, :2].T + HEATMAP_FROM_INPUT[:2, 2] for view in views]
+        for s, r in ((0, 1), (1, 0)):
+            assert symmetric_epipolar_distance(seen["F"][n, s, r].numpy(), x[s], x[r]).max() < 1e-6
+        X = from_heatmaps(seen["output"][n].double(), P)
+        np.testing.assert_allclose(X, body("BODY_25B", (0.02 * t, 0, 0)), atol=2e-3)
+    assert as_predicted(recording, [2, 0])["index"].tolist() == [2]
+    with pytest.raises(ValueError, match="none of the frames wanted has a person in every view"):
+        as_predicted(recording, [0])
+
+
+def test_a_camera_that_was_turned_after_its_calibration_is_found_by_what_it_sees(tmp_path):
+    """The others stay where they are: what lines cannot see is settled by the pull towards zero."""
+    write_recording(tmp_path, frames=range(0, 40, 4), n=4)
+    recording = read_recording(tmp_path)
+    same, shifts = realigned(recording)
+    assert np.abs(shifts).max() < 0.05 and same.detections is recording.detections
+    moved = recording.detections.copy()
+    moved[2, ..., :2] += (6, -4)
+    for frames in (None, range(0, 20, 4)):
+        wrong = replace(recording, detections=moved)
+        right, shifts = realigned(wrong, frames)
+        assert np.abs(shifts[2] - (6, -4)).max() < 1.5 and np.abs(np.delete(shifts, 2, 0)).max() < 1.5
+        distances = [
+            symmetric_epipolar_distance(seen["F"][0, 2, 0], seen["joints"][0, 2] / 4, seen["joints"][0, 0] / 4)
+            for seen in map(as_predicted, (wrong, right))
+        ]
+        assert np.median(distances[1]) < 0.2 * np.median(distances[0])
+    assert (recording.cameras[2].K == read_recording(tmp_path).cameras[2].K).all()
 
 
 # Faults, each told by its name

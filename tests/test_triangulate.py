@@ -1,5 +1,7 @@
 """Triangulation: theorems on seeded rigs, OpenCV, NumPy and SciPy as oracles, and points that nothing determines."""
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from epiutils.cameras import crop_affine
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render
 from epiutils.triangulate import (
+    best_subset,
     from_heatmaps,
     project,
     projection_matrices,
@@ -495,6 +498,33 @@ def test_with_a_fifth_of_the_views_wrong_the_robust_points_are_better_by_far(see
     robust, _ = triangulate_robust(points, P)
     robust = np.linalg.norm(robust - X, axis=-1)
     assert np.nanmedian(robust) < 0.5 * np.nanmedian(plain) and np.isnan(robust).mean() < 0.03
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_best_subset_is_that_of_plain_loops_and_nothing_else_is_nearer(seed, views):
+    X, points, P = seen(seed, views, sigma=6.0, n=8)
+    points[0, 0], points[1, 1:] = np.nan, np.nan  # two views left if there were three; one view
+    found, before = best_subset(points, P, X), points.copy()
+    for i in range(8):
+        subsets = [list(c) for n in range(2, views + 1) for c in itertools.combinations(range(views), n)]
+        made = np.array([triangulate(points[i, c], P[c]) for c in subsets])
+        errors = np.linalg.norm(made - X[i], axis=-1)
+        expected = np.full(3, np.nan) if np.isnan(errors).all() else made[np.nanargmin(errors)]
+        np.testing.assert_allclose(found[i], expected, atol=1e-12)
+    error = lambda Y: np.nan_to_num(np.linalg.norm(Y - X, axis=-1), nan=np.inf)
+    for other in (triangulate(points, P), triangulate(points[:, :2], P[:2])):
+        assert (error(found) <= error(other)).all()
+    assert np.isnan(found[1]).all() and np.isnan(found[0]).all() == (views == 2)
+    np.testing.assert_array_equal(points, before)
+
+
+def test_the_best_subset_leaves_out_the_view_that_is_wrong_and_batches_like_all_else():
+    X, points, P = seen(1, sigma=0.0, n=6)
+    points[:, 2] += (40, -25)
+    np.testing.assert_allclose(best_subset(points, P, X), X, atol=1e-9)
+    batched = best_subset(points.reshape(2, 3, 4, 2), np.stack([P, P])[:, None], X.reshape(2, 3, 3))
+    np.testing.assert_allclose(batched.reshape(6, 3), X, atol=1e-9)
 
 
 # From heatmaps
