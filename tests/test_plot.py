@@ -1,0 +1,104 @@
+"""Drawings show what they are given: where the artists lie, on floors, in rooms, from where they are seen."""
+
+import numpy as np
+import pytest
+from mpl_toolkits.mplot3d.art3d import Line3DCollection, Path3DCollection
+from mpl_toolkits.mplot3d.proj3d import proj_transform
+
+from epiutils import plot
+from epiutils.people import BONES, pose
+
+STANDING = pose(9, "walk", 3)  # (17, 3) metres
+
+
+@pytest.fixture
+def ax():
+    return plot.figure(subplot_kw={"projection": "3d"})[1]
+
+
+def lines(ax):
+    """The segments of each collection of lines, (L, 2, 3), in the order in which they were drawn."""
+    collections = [artist for artist in ax.collections if isinstance(artist, Line3DCollection)]
+    return [np.array(collection._segments3d) for collection in collections]
+
+
+def dots(ax):
+    """The points of each scatter, (N, 3)."""
+    return [np.stack(a._offsets3d, -1) for a in ax.collections if isinstance(a, Path3DCollection)]
+
+
+def test_a_stage_holds_all_poses_on_a_floor_of_half_metre_tiles_and_is_equal_on_all_axes(ax):
+    poses = np.stack([STANDING, STANDING + (1.1, -0.4, 0)])
+    poses[1, 3] = np.nan
+    assert plot.stage(ax, poses, azimuth=35, elevation=20, title="two") is ax
+    limits = np.array([ax.get_xlim(), ax.get_ylim(), ax.get_zlim()])
+    known = poses[np.isfinite(poses).all(-1)]
+    assert (known >= limits[:, 0]).all() and (known <= limits[:, 1]).all()
+    assert (known[:, :2].min(0) - limits[:2, 0] >= 0.19).all() and limits[2, 0] == 0
+    (tiles,) = lines(ax)
+    assert not tiles[..., 2].any()
+    across, along = np.sort(np.unique(tiles[:, 0, 0])), tiles[:, 0, 0] == tiles[:, 1, 0]
+    np.testing.assert_allclose(np.diff(across), 0.5)
+    np.testing.assert_allclose([across[0], across[-1]], limits[0])
+    assert along.sum() == len(along) / 2 == len(across)
+    sides, box = np.ptp(limits, axis=1), np.array(ax._box_aspect)
+    np.testing.assert_allclose(box / box[0], sides / sides[0])
+    assert (ax.azim, ax.elev, ax.get_title()) == (35, 20, "two")
+
+
+def test_a_skeleton_has_its_bones_its_joints_and_its_shadow_and_leaves_out_what_is_unknown(ax):
+    joints, hidden = STANDING.copy(), np.zeros(17, bool)
+    hidden[[4, 16]], joints[10] = True, np.nan
+    before = joints.copy()
+    assert plot.skeleton3d(ax, joints, BONES, plot.BLUE, hidden, label="pose") is ax
+    shadow, bones = lines(ax)
+    np.testing.assert_array_equal(bones, joints[np.array(BONES)])
+    np.testing.assert_array_equal(shadow, joints[np.array(BONES)] * (1, 1, 0))
+    styles = [artist for artist in ax.collections if isinstance(artist, Line3DCollection)][1].get_linestyle()
+    dashed = [dashes is not None for _, dashes in styles]
+    assert dashed == [a in (4, 16) or b in (4, 16) for a, b in BONES]
+    full, hollow = dots(ax)
+    np.testing.assert_array_equal(hollow, joints[[4, 16]])
+    np.testing.assert_array_equal(full, np.delete(joints, (4, 10, 16), 0))
+    assert ax.get_legend_handles_labels()[1] == ["pose"]
+    np.testing.assert_array_equal(joints, before)
+    ax.figure.canvas.draw()
+
+
+def test_offsets_go_from_each_point_to_its_partner(ax):
+    moved = STANDING + np.random.default_rng(0).normal(0, 0.1, STANDING.shape)
+    assert plot.offsets3d(ax, STANDING, moved, plot.RED) is ax
+    (drawn,) = lines(ax)
+    np.testing.assert_array_equal(drawn, np.stack([STANDING, moved], 1))
+
+
+def test_what_is_seen_from_the_side_turns_with_the_azimuth(ax):
+    """At an azimuth of 0° x comes towards the reader, so y is the picture's width; at 90° it is −x."""
+    plot.stage(ax, STANDING)
+    for azimuth, axis, sign in ((0, 1, 1), (90, 0, -1), (180, 1, -1)):
+        ax.view_init(0, azimuth)
+        ax.figure.canvas.draw()
+        a, b = np.zeros(3), np.eye(3)[axis] * 0.1
+        assert sign * (proj_transform(*b, ax.get_proj())[0] - proj_transform(*a, ax.get_proj())[0]) > 0
+
+
+def test_a_flat_skeleton_has_hollow_joints_where_they_are_hidden():
+    _, ax = plot.figure()
+    joints, hidden = STANDING[:, ::2], np.arange(17) == 5
+    assert plot.skeleton(ax, joints, BONES, hidden=hidden) is ax
+    bones, full, hollow = ax.collections
+    np.testing.assert_array_equal(bones.get_segments(), joints[np.array(BONES)])
+    np.testing.assert_array_equal(hollow.get_offsets(), joints[hidden])
+    np.testing.assert_array_equal(full.get_offsets(), joints[~hidden])
+    assert not len(hollow.get_facecolor()) and len(full.get_facecolor())
+
+
+def test_a_line_runs_through_the_picture_from_edge_to_edge_at_its_distance():
+    _, ax = plot.figure()
+    shape, abc = (48, 64), np.array([[0.6, -0.8, 5.0], [2, 0, -40], [0, -0.1, 1]])  # of any scale
+    plot.lines(ax, abc, shape)
+    (drawn,) = ax.collections
+    for segment, line in zip(drawn.get_segments(), abc, strict=True):
+        np.testing.assert_allclose(segment @ line[:2] + line[2], 0, atol=1e-9)
+        assert np.linalg.norm(segment[1] - segment[0]) > 2 * np.hypot(*shape)
+    assert ax.get_xlim() == (-0.5, 63.5) and ax.get_ylim() == (47.5, -0.5)
