@@ -358,7 +358,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m epiutils.report", description="Run the notebooks, write the report."
     )
-    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="how much to compute")
+    parser.add_argument(
+        "--profile", choices=("quick", "full"), default="quick", help="full: all that is stored anew, for hours"
+    )
     parser.add_argument("--recording", metavar="PATH", help="a calibrated recording of your own, a folder")
     parser.add_argument("--dataset", metavar="NAME", help="Human3.6M: its folder, or the name of one in data/")
     parser.add_argument(
@@ -400,6 +402,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     failure, interrupted, done = None, False, 0
     try:
+        if args.profile == "full":
+            from epiutils import runs
+
+            runs.main([])  # what it has done is not done again
         for done, notebook in enumerate(chosen):
             copy = out / "notebooks" / notebook.name
             if args.resume and _stamped(copy) == stamp(notebook, parameters[notebook]):

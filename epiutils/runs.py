@@ -113,11 +113,12 @@ def train_frozen(method: str, heatmaps: dict[str, Tensor], seed: int, steps: int
         module = make()
         rows = train(module, fusion_loss, HeatmapPairs(heatmaps), steps=steps, batch=batch, lr=1e-3, log=watch,
                      schedule="constant", **settings)[1]  # fmt: skip
-        return WithNext(module), rows
+        return WithNext(module.cpu()), rows
     make, loss = TOGETHER[method]
     module = make()
     lr = {"dense": 1e-4, "attention": 1e-2}.get(method, 5e-2)
-    return module, train(module, loss, HeatmapScenes(heatmaps), steps=steps, batch=4, lr=lr, **settings)[1]
+    rows = train(module, loss, HeatmapScenes(heatmaps), steps=steps, batch=4, lr=lr, **settings)[1]
+    return module.cpu(), rows
 
 
 def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, list[dict]]:
@@ -188,7 +189,7 @@ def quality(steps: int = 600, every: int = 50) -> dict:
 def run(point: str, method: str, seed: int) -> dict:
     """One method at one operating point with one seed, trained and scored on the whole test set.
 
-    Returns what `evaluate` gives, the trained `weights` of the fusion module, the `seconds` and `losses` of its
+    Returns what `evaluate` gives (and for a backbone that was trained found_unfused, of its own maps), the trained `weights` of the fusion module, the `seconds` and `losses` of its
     training, and for the original's modules the `path` (steps, 2, 9) of the nine weights and their gradients.
     """
     if method == "quality":
@@ -203,11 +204,11 @@ def run(point: str, method: str, seed: int) -> dict:
         model, rows = train_free(method, point, seed, fusion)
         seconds = time.perf_counter() - start
         test = predict(model.network, MultiView(Benchmark("test")), workers=1)
-        module = {"original_free": lambda: WithNext(model.fusion), "hrnet_longer": lambda: None}.get(method)
-        scored = evaluate(module() if module else model.fusion, test)
-        if method == "repaired_free":
+        module = model.fusion.cpu()
+        fused = {"original_free": WithNext(module), "hrnet_longer": None}.get(method, module)
+        scored = evaluate(fused, test)
+        if fused:
             scored |= {"found_unfused": evaluate(None, test)["found"]}
-        module = model.fusion
     else:
         module, rows = train_frozen(method, heatmaps_once(point, "train", TRAINING, progress=False), seed)
         seconds, scored = time.perf_counter() - start, evaluate(module, test)
