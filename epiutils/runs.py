@@ -189,8 +189,9 @@ def quality(steps: int = 600, every: int = 50) -> dict:
 def run(point: str, method: str, seed: int) -> dict:
     """One method at one operating point with one seed, trained and scored on the whole test set.
 
-    Returns what `evaluate` gives (and for a backbone that was trained found_unfused, of its own maps), the trained `weights` of the fusion module, the `seconds` and `losses` of its
-    training, and for the original's modules the `path` (steps, 2, 9) of the nine weights and their gradients.
+    Returns what `evaluate` gives, and for a backbone that was trained found_unfused, of its own maps; the trained
+    `weights` of the fusion module, the `seconds` and `losses` of the training, and for the original's modules the
+    `path` (steps, 2, 9) of the nine weights and their gradients.
     """
     if method == "quality":
         return quality()
