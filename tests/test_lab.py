@@ -1,6 +1,7 @@
 """JupyterLab in a real browser: every notebook opens and runs, a slider moves, the picture follows."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -37,18 +39,30 @@ EXPLORER = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
     if (i >= 0) nb.activeCellIndex = i;
     return i < 0 ? i : nb.scrollToItem(i, 'start').then(() => i) }"""
 
+# The copies that the browser runs are lighter, where they have such a parameter: nbval runs what is committed
+LIGHTER = {"frozen_iterations": 10, "free_iterations": 2, "test_every": 30, "seeds": 2, "trials": 2}
+
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine"
 )
+
+
+def lighten(notebook: Path, folder: Path) -> None:
+    """Copy a notebook, with the smaller numbers of LIGHTER in its cell of parameters."""
+    nb = nbformat.read(notebook, 4)
+    cell = next(cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in LIGHTER.items():
+        cell.source = re.sub(rf"^{name} = \d+\b", f"{name} = {value}", cell.source, flags=re.M)
+    nbformat.write(nb, folder / notebook.name)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A JupyterLab of its own, with its own settings, over copies of the notebooks; gives its address."""
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(
-        ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-    )
+    (home / "root" / "notebooks").mkdir(parents=True)
+    for notebook in NOTEBOOKS:
+        lighten(notebook, home / "root" / "notebooks")
     for name in ("benchmarks", "data"):  # what notebooks look for beside their folder
         (home / "root" / name).symlink_to(ROOT / name)
     for name, text in SETTINGS.items():
