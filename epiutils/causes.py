@@ -1,10 +1,10 @@
 """Why the original module fails, taken apart: ridges and peaks, uneven bands, nine weights solved instead of trained.
 
-Without its sigmoid the original is linear in its nine weights: fused = reference + A w, where column k of A is the ridge
-of the source map shifted by the k-th of nine offsets.  HRNet's loss is then a parabola in nine dimensions, and a pair of
-views is, for all that the loss or an optimiser can tell, one 9×9 matrix, nine numbers and one more: `NormalEquations`.
-Solving them takes no steps, and training on them takes milliseconds and gives the weights that training on heatmaps
-gives.
+Without its sigmoid the original is linear in its nine weights: fused = reference + A w, where column k of A is the
+ridge of the source map shifted by the k-th of nine offsets.  HRNet's loss is then a parabola in nine dimensions, and a
+pair of views is, for all that the loss or an optimiser can tell, one 9×9 matrix, nine numbers and one more:
+`NormalEquations`.  Solving them takes no steps, and training on them takes milliseconds and gives the weights that
+training on heatmaps gives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from epiutils.training import _batches
 
 
 def each_pair(scenes: Sequence[int]) -> np.ndarray:
-    """One pair of views of every scene, the next of the twelve `PAIRS` each time: (scene, source, reference), (N, 1, 3)."""
+    """One pair (scene, source, reference) of every scene, the next of the twelve `PAIRS` each time: (N, 1, 3)."""
     return np.array([[(n, *PAIRS[k % len(PAIRS)])] for k, n in enumerate(scenes)])
 
 
@@ -135,7 +135,9 @@ class Pairs:
         return found(self.reference, self.target).reshape(*self.chosen.shape[:2], -1)
 
     @torch.no_grad()
-    def score(self, weights, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False) -> np.ndarray:
+    def score(
+        self, weights: Tensor, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False
+    ) -> np.ndarray:
         """Which joints the original module finds with each of S kernels: (S, N, K, J), see `metrics.found`.
 
         weights: (S, 3, 3), or (S, 9); or (S, J, 3, 3), a kernel for each joint.  per_band: see `NormalEquations.of`.
@@ -163,7 +165,7 @@ def _ridge(pencil: Pencil, weighed: Tensor, per_band: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """HRNet's loss of the fused maps, a parabola in the nine weights: ½ (wᵀ G w − 2 bᵀ w + c) for each pair and joint.
+    """HRNet's loss of the fused maps, a parabola in nine weights: ½ (wᵀ G w − 2 bᵀ w + c) for each pair and joint.
 
     With A (H·W, 9) the ridges of the nine shifted sources, e = target − reference, and v the joint's weight in the
     loss: gram G = v² AᵀA (P, J, 9, 9), moment b = v² Aᵀe (P, J, 9), constant c = v² eᵀe (P, J), each over H · W, in

@@ -102,13 +102,15 @@ def points(ax: Axes, xy, colour=ORANGE, marker: str = "o", size: float = 28, lab
     return ax
 
 
-def skeleton(ax: Axes, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None) -> Axes:
-    """Bones between joints (J, 2), and the joints; those that `hidden` (J,) marks are hollow."""
-    joints = np.asarray(joints)
-    ax.add_collection(LineCollection([joints[list(b)] for b in bones], colors=colour, linewidths=1.5, alpha=0.85))
+def skeleton(
+    ax: Axes, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, width: float = 1.5
+) -> Axes:
+    """Bones between joints (J, 2), and the joints; those that `hidden` (J,) marks are hollow.  width: of a bone."""
+    joints, size = np.asarray(joints), (width / 1.5) ** 2
+    ax.add_collection(LineCollection([joints[list(b)] for b in bones], colors=colour, linewidths=width, alpha=0.85))
     seen = np.ones(len(joints), bool) if hidden is None else ~np.asarray(hidden)
-    ax.scatter(*joints[seen].T, s=14, c=colour, edgecolors="white", linewidths=0.5, zorder=3)
-    ax.scatter(*joints[~seen].T, s=18, facecolors="none", edgecolors=colour, linewidths=1.2, zorder=3)
+    ax.scatter(*joints[seen].T, s=14 * size, c=colour, edgecolors="white", linewidths=width / 3, zorder=3)
+    ax.scatter(*joints[~seen].T, s=18 * size, facecolors="none", edgecolors=colour, linewidths=0.8 * width, zorder=3)
     return ax
 
 
@@ -155,11 +157,12 @@ def stage(ax: Axes3D, poses, azimuth: float = -60.0, elevation: float = 12.0, ti
 
 
 def skeleton3d(
-    ax: Axes3D, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, label: str | None = None
-) -> Axes3D:
+    ax: Axes3D, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, label: str | None = None,
+    width: float = 2.2,
+) -> Axes3D:  # fmt: skip
     """Bones between joints (J, 3) in metres, z up, and their shadow on the floor; nan is left out.
 
-    The joints that `hidden` (J,) marks are hollow, their bones dashed.
+    The joints that `hidden` (J,) marks are hollow, their bones dashed.  width: of a bone.
     """
     joints = np.asarray(joints, dtype=float)
     hidden = np.zeros(len(joints), bool) if hidden is None else np.asarray(hidden, dtype=bool)
@@ -168,10 +171,10 @@ def skeleton3d(
     dashes = np.where(hidden[np.array(bones)].any(-1), "--", "-")
     ax.add_collection3d(Line3DCollection(lines * (1, 1, 0), colors="#000000", linewidths=3, alpha=0.07))
     ax.add_collection3d(
-        Line3DCollection(lines, colors=colour, linewidths=2.2, linestyles=dashes, alpha=0.9, label=label)
+        Line3DCollection(lines, colors=colour, linewidths=width, linestyles=dashes, alpha=0.9, label=label)
     )
     for shown, face, edge in ((known & ~hidden, colour, "white"), (known & hidden, "white", colour)):
-        ax.scatter(*joints[shown].T, s=22, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
+        ax.scatter(*joints[shown].T, s=4.5 * width**2, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
     return ax
 
 

@@ -105,7 +105,8 @@ def test_ridges_are_what_a_dense_mask_collects(collect):
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_quick_scores_of_a_gain_are_those_of_the_original_module(gain, sigmoid):
     predicted = made_up(2, scenes=5)
-    pairs, fusion = Pairs(predicted, causes.with_next(range(5))), OriginalFusion(1.0, sigmoid, SHAPE, "pencil", gain * MIDDLE)
+    pairs = Pairs(predicted, causes.with_next(range(5)))
+    fusion = OriginalFusion(1.0, sigmoid, shape=SHAPE, initial=gain * MIDDLE)
     literal = score(fusion, predicted, 1)["found"][:, :, 0]
     np.testing.assert_array_equal(pairs.rescore(gain, sigmoid=sigmoid, chunk=3), literal)
     np.testing.assert_array_equal(pairs.rescore(0.0), pairs.alone())
@@ -296,7 +297,7 @@ def test_an_effect_is_the_paired_difference_over_scenes_of_the_mean_over_seeds()
 
 
 def test_a_waterfall_reaches_from_each_value_to_the_next():
-    steps = [("start", 10.0, (9.0, 11.0)), ("up", 30.0, (15.0, 24.0)), ("down", 25.0, (-6.0, -3.0)), ("end", 40.0, (38, 41))]
+    steps = [("start", 10.0, (9, 11)), ("up", 30.0, (15, 24)), ("down", 25.0, (-6, -3)), ("end", 40.0, (38, 41))]
     fig, ax = plot.figure()
     plot.waterfall(ax, steps, dots=[[9, 11], [], [24], []])
     ends = [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in ax.patches]
