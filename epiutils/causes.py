@@ -23,7 +23,7 @@ from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_camer
 from epiutils.experiments import PAIRS
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.redirect import Pencil
-from epiutils.training import _batches
+from epiutils.training import batches
 
 # Which pairs of views
 
@@ -227,7 +227,7 @@ class NormalEquations:
         grams, moments = self.gram.mean(1), self.moment.mean(1)  # (P, 9, 9), (P, 9)
         weights = nn.Parameter(initial.clone())
         optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0)
-        orders = [itertools.islice(_batches(len(grams), batch, seed), steps) for seed in seeds]
+        orders = [itertools.islice(batches(len(grams), batch, seed), steps) for seed in seeds]
         path = [initial]
         for drawn in zip(*orders, strict=True):
             chosen = torch.tensor([[index for _, index in pairs] for pairs in drawn])  # (S, batch)

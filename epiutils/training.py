@@ -99,7 +99,7 @@ def train(
     last = min(steps, stop or steps)
     loader = torch.utils.data.DataLoader(
         _Asked(data),
-        batch_sampler=[b[rank::world] for b in itertools.islice(_batches(len(data), batch, seed), done, last)],
+        batch_sampler=[b[rank::world] for b in itertools.islice(batches(len(data), batch, seed), done, last)],
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_begin_worker,
@@ -175,7 +175,7 @@ def _begin_worker(_: int) -> None:
     cv2.setNumThreads(1)
 
 
-def _batches(samples: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+def batches(samples: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
     """Batches of (epoch, index) for ever: one permutation of all samples after the other, cut into pieces."""
     order = (
         (epoch, int(index))
