@@ -24,7 +24,7 @@ from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, provenance
 from epiutils.people import scene
 from epiutils.training import (
     GlobalBatchNorm2d,
-    _batches,
+    batches,
     device_name,
     predict,
     scores,
@@ -107,8 +107,8 @@ def test_train_is_a_plain_adamw_loop(schedule, seed):
 
 
 def test_every_sample_once_an_epoch():
-    batches = _batches(10, 4, seed=3)
-    seen = [next(batches) for _ in range(5)]
+    endless = batches(10, 4, seed=3)
+    seen = [next(endless) for _ in range(5)]
     flat = [at for batch in seen for at in batch]
     assert [epoch for epoch, _ in flat] == [0] * 10 + [1] * 10
     first, second = ([i for e, i in flat if e == epoch] for epoch in (0, 1))
