@@ -1,6 +1,7 @@
 """The committed notebooks keep what the tools need, and nbval notices a changed result."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -9,8 +10,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from test_human36m import labels, write_jpeg, write_karfly
+
+from epiutils.human36m import Human36M
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
@@ -76,3 +81,27 @@ def test_a_changed_number_fails_nbval(tmp_path, stored, passes):
     said = re.sub(r"\x1b\[[0-9;]*m", "", ran.stdout)
     assert ran.returncode == (0 if passes else 1), ran.stdout + ran.stderr
     assert passes or ("01_tiny.ipynb::Cell 0" in said and "0.4977" in said), said
+
+
+def test_the_training_runs_on_human36m(tmp_path):
+    """Eight instants of subject 1 and two of subject 9; nobody is known to be hidden, so there is no such number."""
+    folder = tmp_path / "human36m"
+    write_karfly(folder, labels([(1, 2, 1, 1 + k) for k in range(36)] + [(9, 2, 1, 1 + k) for k in range(65)]))
+    grey = np.random.default_rng(0).integers(0, 255, (1000, 1000, 3)).astype(np.uint8)
+    for split, subject in (("train", 1), ("test", 9)):
+        for shot in itertools.chain(*Human36M(folder, split, subjects=(subject,)).shots):
+            write_jpeg(folder / shot.picture, grey)
+    command = [sys.executable, "-m", "epiutils.report", "--only", "04", "--dataset", folder, "--out", tmp_path / "out"]
+    point = HERE.parent / "data" / "checkpoints" / "original.safetensors"  # as a file of one's own is named
+    small = {"frozen_iterations": 3, "free_iterations": 1, "batch": 2, "test_every": 1, "seeds": 1, "point": point}
+    command += itertools.chain(*(("-p", name, str(value)) for name, value in small.items()))
+    ran = subprocess.run(
+        [str(word) for word in command], env=os.environ | {"EPIUTILS_CACHE": str(tmp_path)}, cwd=HERE.parent,
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert metrics["meta"]["parameters"]["dataset"] == "human36m" and "benchmark" not in metrics
+    for name in ("hrnet", "original_frozen", "original_free"):
+        assert "accuracy" in metrics["training"][name] and "accuracy_occluded" not in metrics["training"][name]
+    assert "full" not in metrics["training"]  # what is stored is of others
