@@ -158,7 +158,8 @@ class RepairedFusion(nn.Module):
 
     def _said(self, weighed: Tensor, present: Tensor | None) -> Tensor:
         """odds · p of each source: (B, S, J, H, W)."""
-        odds = (self.slope * weighed.flatten(-2).amax(-1)[..., None, None] + self.offset).exp()
+        trust = self.slope * weighed.flatten(-2).amax(-1)[..., None, None] + self.offset
+        odds = trust.clamp_max(80).exp()  # single precision ends at exp(88)
         said = odds * (self._probability(weighed) if self.normalise else weighed)
         return said if present is None else said.masked_fill(~present[:, :, None, None, None], 0.0)
 
