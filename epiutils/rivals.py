@@ -109,11 +109,11 @@ class Attention(Alone):
         lines = epipolar_lines(view_pairs(F).mT, pixels).to(heatmaps)  # (B · P, N, 3) in the source
         grid = _along(lines.to(heatmaps.device), (height, width), self.samples)  # (B · P, N, K, 2)
         sources, references = (heatmaps[:, index].flatten(0, 1) for index in pairs(V))
-        v = nn.functional.grid_sample(sources, grid, align_corners=True).permute(0, 2, 3, 1)  # (B · P, N, K, J)
-        u = references.flatten(-2).mT  # (B · P, N, J)
-        score = torch.einsum("pnd,pnkd->pnk", self.query(u), self.key(v)) / math.sqrt(self.query.out_features)
+        v = nn.functional.grid_sample(sources, grid, align_corners=True)  # (B · P, J, N, K)
+        u = self.query(references.flatten(-2).mT) @ self.key.weight  # (B · P, N, J), Kᵀ Q u: no key for each sample
+        score = torch.einsum("pnj,pjnk->pnk", u, v) / math.sqrt(self.query.out_features)
         seen = (grid.abs() <= 1).all(-1).any(-1, keepdim=True)  # a line may miss the source map
-        mixed = torch.einsum("pnk,pnkj->pnj", torch.softmax(score, -1) * seen, v)
+        mixed = torch.einsum("pnk,pjnk->pnj", torch.softmax(score, -1) * seen, v)
         ridges = self.value(mixed).mT.reshape(B, -1, J, height, width)
         return heatmaps + sum_at_references(ridges)
 

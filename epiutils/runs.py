@@ -272,8 +272,10 @@ METHODS = ("hrnet", *PAIRED, *TOGETHER, *FREE, "quality")
 
 
 def _seeds(point: str, method: str, seeds: int) -> range:
-    """All seeds; one of what has no chance in it; and "quality", whose backbones are its own, once for both points."""
-    return range({"hrnet": 1, "quality": int(point == "original")}.get(method, seeds))
+    """All seeds; one of what has no chance in it, three of slow rivals; and what is asked at the original point only."""
+    few = {"hrnet": 1, "weighted_max": 3, "attention": 3, "dense": 3}
+    few |= {"quality": int(point == "original"), "repaired_free_frozen_statistics": 2 * (point == "original")}
+    return range(min(seeds, few.get(method, seeds)))
 
 
 def main(arguments: list[str] | None = None) -> int:
