@@ -35,6 +35,7 @@ from epiutils.files import replacing
 from epiutils.heatmaps import accuracy, joints_mse, pck, position_cross_entropy
 from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
 from epiutils.human36m import Human36M
+from epiutils.people import JOINTS
 
 Loss = Callable[[nn.Module, dict[str, Tensor], float], Tensor]
 
@@ -385,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.manual_seed(chosen.seed)
     settings = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}[chosen.network]
-    network = load_checkpoint(chosen.init) if chosen.init else PoseHRNet(**settings)
+    network = load_checkpoint(chosen.init, joints=len(JOINTS)) if chosen.init else PoseHRNet(**settings)
     network = network.train().to(memory_format=torch.channels_last)
     scenes, test = _scenes(chosen)
     few = MultiView([test[i] for i in subset(len(test))], size=chosen.size)
