@@ -1,20 +1,27 @@
-"""What fusion costs beside the network: its share of an iteration, for the original module and the repaired one.
+"""What fusion costs: its share of a network's time, and the repaired module beside its rivals in time and memory.
 
     python benchmarks/fusion.py [--batch 8] [--rounds 5] [--json data/results/fusion.json]
 
 All candidates take turns in one run, and medians over the rounds count: a busy machine is busy for all of them, and
-what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.
+what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.  The memory of
+each module is measured on the CPU, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from redirect import measure  # beside this file
 
+from epiutils import rivals
 from epiutils.dataset import Benchmark, MultiView
 from epiutils.experiments import fusion_loss
 from epiutils.files import replacing
@@ -24,37 +31,78 @@ from epiutils.hrnet import SLIM, PoseHRNet, normalise
 from epiutils.training import device_name
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
+MODULES = {
+    "alone": rivals.Alone,
+    "line_sum": lambda: rivals.Line("sum"),
+    "line_mean": lambda: rivals.Line("mean"),
+    "line_max": lambda: rivals.Line("max"),
+    "weighted_max": rivals.WeightedMax,
+    "attention": rivals.Attention,
+    "dense": rivals.Dense,
+    "repaired_frozen": RepairedFusion,
+}
 
 
-def candidates(batch: int) -> dict:
-    """What is measured, by name; fusion always sets up its F, as in training on augmented pictures."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load(batch: int) -> dict[str, torch.Tensor]:
+    """The first instants of the test set, as a batch."""
     chosen = range(batch)
     data = MultiView(torch.utils.data.Subset(Benchmark("test").prepare(only=chosen), chosen))
     scenes = torch.utils.data.default_collate(list(data))
-    scenes = {key: value.to(device) for key, value in scenes.items()}
+    return {key: value.to("cuda" if torch.cuda.is_available() else "cpu") for key, value in scenes.items()}
+
+
+def candidates(scenes: dict[str, torch.Tensor]) -> dict:
+    """What is measured beside the networks; fusion always sets up its F, as in training on augmented pictures."""
+    device, batch = scenes["F"].device, len(scenes["F"])
     maps, F = scenes["target"], scenes["F"]  # (B, 4, 17, 64, 64), (B, 4, 4, 3, 3)
     pair = {"source": maps[:, 0].clone().requires_grad_(), "reference": maps[:, 1].clone().requires_grad_()}
     pair |= {"target": maps[:, 1], "weight": scenes["weight"][:, 1], "F": F[:, 0, 1]}
-    repaired, original = RepairedFusion().to(device), OriginalFusion().to(device)
-    torch.nn.init.constant_(repaired.gain, 0.5)
-
-    def all_views() -> None:
-        with torch.no_grad():
-            repaired.all_views(maps, F)
-        _wait()
+    original = OriginalFusion().to(device)
 
     def forward_and_backward() -> None:
         fusion_loss(original, pair).backward()
         _wait()
 
-    found = {"repaired, all views": all_views, "original, forward and backward": forward_and_backward}
+    repaired = all_views("repaired_frozen", maps, F)[1]
+    found = {"repaired, all views": repaired, "original, forward and backward": forward_and_backward}
     images = normalise(scenes["image"])  # (4 · B, 3, 256, 256)
     for name, settings in NETWORKS.items():
         network = PoseHRNet(**settings).to(device, memory_format=torch.channels_last)
         found[f"{name}, forward"] = lambda network=network: _forward(network, images)
         found[f"{name}, forward and backward"] = lambda network=network: _train(network, images[: 2 * batch], maps)
     return found
+
+
+def all_views(name: str, maps: torch.Tensor, F: torch.Tensor) -> tuple[int, Callable]:
+    """How many parameters a module has, and what fuses all views of a batch by it."""
+    module = MODULES[name]().to(F.device)
+
+    def run() -> None:
+        with torch.no_grad():
+            module.all_views(maps, F)
+        _wait()
+
+    return sum(p.numel() for p in module.parameters()), run
+
+
+def peak_mb(name: str, batch: int) -> float:
+    """How much all views of a batch, fused by a module, add to the most memory that its process had."""
+    torch.set_grad_enabled(False)
+    scenes = load(batch)
+    maps, F = scenes["target"].cpu(), scenes["F"].cpu()
+    torch.nn.functional.conv2d(maps.flatten(0, 1), torch.zeros(1, 17, 3, 3), padding=1)  # what any first call loads
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    all_views(name, maps, F)[1]()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def memory(batch: int) -> dict[str, float]:
+    """`peak_mb` of each module.  To be asked first: a process begins with the most that its parent had."""
+    peaks = {}
+    for name in MODULES:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            peaks[name] = fresh.submit(peak_mb, name, batch).result()
+    return peaks
 
 
 def _forward(network: PoseHRNet, images: torch.Tensor) -> None:
@@ -83,7 +131,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    seconds = measure(candidates(chosen.batch), chosen.rounds)
+    peaks, scenes = memory(chosen.batch), load(chosen.batch)
+    modules = {name: all_views(name, scenes["target"], scenes["F"]) for name in MODULES}
+    seconds = measure(candidates(scenes) | {name: run for name, (_, run) in modules.items()}, chosen.rounds)
+    costs = {
+        name: {"parameters": number, "milliseconds": 1e3 * seconds.pop(name), "peak_mb": peaks[name]}
+        for name, (number, _) in modules.items()
+    }
     shares = {
         f"{module} / {name}, {work}": seconds[f"{module}, {what}"] / seconds[f"{name}, {work}"]
         for name in NETWORKS
@@ -97,9 +151,11 @@ def main() -> None:
         print(f"  {name:32s} {1e3 * value:10.1f} ms")
     for name, value in shares.items():
         print(f"  {name:45s} {100 * value:5.1f} %")
+    for name, cost in costs.items():
+        print("  {:18s} {:>13,} parameters {:8.1f} ms {:8.0f} MB".format(name, *cost.values()))
     if chosen.json:
         results = {"device": device_name(), "torch": torch.__version__, "batch": chosen.batch, "rounds": chosen.rounds}
-        results |= {"command": "python benchmarks/fusion.py", "seconds": seconds, "shares": shares}
+        results |= {"command": "python benchmarks/fusion.py", "seconds": seconds, "shares": shares, "rivals": costs}
         with replacing(chosen.json) as part:
             part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 

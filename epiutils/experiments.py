@@ -59,7 +59,9 @@ def heatmaps_once(
     source = data.folder.name if isinstance(data, Benchmark) else f"{data.file.name} {data.file.stat().st_mtime_ns}"
     content = repr((source, split, [data.instants[i] for i in chosen]))
     sha = hashlib.sha256(checkpoint.read_bytes() + content.encode())
-    path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"heatmaps-{checkpoint.stem}-{split}-{sha.hexdigest()[:12]}.pt"
+    path = (
+        Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"heatmaps-{checkpoint.stem}-{split}-{sha.hexdigest()[:12]}.pt"
+    )
     if not path.exists():
         if isinstance(data, Benchmark):
             data.prepare(progress=progress, only=chosen)
@@ -221,7 +223,9 @@ def fuse_views(module: nn.Module | None, predicted: dict[str, Tensor], chosen: S
 
 def score_views(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Which joints are found where all views are fused with each other: found and visible (N, V, J)."""
-    right = [found(maps, target) for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True)]
+    right = [
+        found(maps, target) for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True)
+    ]
     return {"found": np.stack(right), "visible": predicted["visible"].numpy()}
 
 

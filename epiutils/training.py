@@ -155,7 +155,7 @@ def train(
 
 def _accelerator(precision: str = "no") -> Accelerator:
     """accelerate's, of all processes that were launched: without a GPU they would each train alone unless it is told."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     return Accelerator(mixed_precision=precision, cpu=launched > 1 and not torch.accelerator.is_available())
 
 

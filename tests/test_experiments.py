@@ -345,7 +345,9 @@ def test_frozen_statistics_do_not_move_and_are_what_training_normalises_with(peo
     train(model.train(), free_loss, people_data, steps=2, batch=1, progress=False)
     assert model.training  # and it is so in a loop that switches to training itself
     moved = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
-    statistics = {key for key in before if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")}
+    statistics = {
+        key for key in before if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert moved & statistics == (set() if frozen else statistics)
     assert {key for key in before if key.endswith("weight")} <= moved  # scale and shift still learn
 

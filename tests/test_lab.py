@@ -52,7 +52,7 @@ def lighten(notebook: Path, folder: Path) -> None:
     nb = nbformat.read(notebook, 4)
     cell = next(cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", []))
     for name, value in LIGHTER.items():
-        cell.source = re.sub(rf"^{name} = \d+\b", f"{name} = {value}", cell.source, flags=re.M)
+        cell.source = re.sub(rf"^{name} = \d+\b", f"{name} = {value}", cell.source, flags=re.MULTILINE)
     nbformat.write(nb, folder / notebook.name)
 
 
