@@ -28,11 +28,13 @@ from epiutils.files import replacing
 from epiutils.fusion import OriginalFusion, RepairedFusion
 from epiutils.heatmaps import joints_mse
 from epiutils.hrnet import SLIM, PoseHRNet, normalise
+from epiutils.runs import WithNext
 from epiutils.training import device_name
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 MODULES = {
     "alone": rivals.Alone,
+    "original_frozen": lambda: WithNext(OriginalFusion()),
     "line_sum": lambda: rivals.Line("sum"),
     "line_mean": lambda: rivals.Line("mean"),
     "line_max": lambda: rivals.Line("max"),
