@@ -272,9 +272,12 @@ METHODS = ("hrnet", *PAIRED, *TOGETHER, *FREE, "quality")
 
 
 def _seeds(point: str, method: str, seeds: int) -> range:
-    """All seeds; one of what has no chance in it, three of slow rivals; and what is asked at the original point only."""
+    """All seeds; one of what has no chance in it, three of what takes long; and what is asked at the original only."""
     few = {"hrnet": 1, "weighted_max": 3, "attention": 3, "dense": 3}
-    few |= {"quality": int(point == "original"), "repaired_free_frozen_statistics": 2 * (point == "original")}
+    if point == "original":
+        few |= {"quality": 1, "repaired_free_frozen_statistics": 3}
+    else:
+        few |= {"quality": 0, "repaired_free_frozen_statistics": 0, "hrnet_longer": 3}
     return range(min(seeds, few.get(method, seeds)))
 
 

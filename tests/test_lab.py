@@ -41,6 +41,7 @@ EXPLORER = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
 
 # The copies that the browser runs are lighter, where they have such a parameter: nbval runs what is committed
 LIGHTER = {"frozen_iterations": 10, "free_iterations": 2, "test_every": 30, "seeds": 2, "trials": 2}
+LIGHTER |= {"steps": 5, "limit_every": 105, "bounds_every": 105, "cameras_every": 210, "frames": 3}
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine"
