@@ -157,7 +157,7 @@ def main() -> None:
         print("  {:18s} {:>13,} parameters {:8.1f} ms {:8.0f} MB".format(name, *cost.values()))
     if chosen.json:
         results = {"device": device_name(), "torch": torch.__version__, "batch": chosen.batch, "rounds": chosen.rounds}
-        results |= {"command": "python benchmarks/fusion.py", "seconds": seconds, "shares": shares, "rivals": costs}
+        results |= {"command": " ".join(["python", "benchmarks/fusion.py", *sys.argv[1:]]), "seconds": seconds, "shares": shares, "rivals": costs}
         with replacing(chosen.json) as part:
             part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 

@@ -326,7 +326,7 @@ def two_by_two(source: np.ndarray, reference: np.ndarray, fused: np.ndarray) -> 
 def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
     """The difference of two methods' accuracies on the same scenes, and its paired 95 % interval.
 
-    values, against: found (N, ..., J), or (S, N, ..., J) of S seeds (told by `ndim`): then their mean.
+    values, against: found (N, K, J), or (S, N, K, J) of S seeds: then their mean.
     """
     values, against = (_over_seeds(v) for v in (values, against))
     return joint_mean(values) - joint_mean(against), bootstrap(values, against)

@@ -1,7 +1,7 @@
 """Fusion modules: another view's heatmaps, sent along epipolar lines, repair the reference view's.
 
 the original     fused = reference + redirect(pad(source) * w, F, threshold)                   w: 3×3, nine parameters
-the repaired     fused = reference * w + gain Σ log(1 + odds · redirect(softmax(source * w), F, threshold))
+the repaired     fused = reference * w + (gain / β) Σ log(1 + odds · redirect(softmax(β source * w), F, threshold))
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RepairedFusion(nn.Module):
     fused = reference * w + (gain / β) Σ_s log(1 + odds_s · redirect(p_s, F_s, threshold)),  p_s = softmax(β source_s * w)
 
     p_s is a probability for each pixel, so its sum over a band is the probability that the source's joint lies there;
-    odds_s = exp(slope · peak_s + offset) is how far that source is to be trusted, by the height of its peak.  Logs add
+    odds_s = exp(slope · max(source_s * w) + offset) is how far it is to be trusted, by the height of its peak.  Logs add
     up as probabilities multiply, and a source that is not trusted adds nothing, instead of speaking against what the
     others see.  softmax(β fused) is the probability of the joint's pixel.
 
@@ -129,6 +129,8 @@ class RepairedFusion(nn.Module):
         sources = sources if sources.ndim == 5 else sources[:, None]
         batch, shape = sources.shape[:2], tuple(reference.shape[-2:])
         if not isinstance(F, Pencil):
+            if F.ndim < 4 and batch[1] != 1:
+                raise ValueError(f"F {tuple(F.shape)} is of one source, but there are {batch[1]}: give (B, S, 3, 3)")
             F = F.expand(*batch, 3, 3) if F.ndim != 3 else F[:, None].expand(*batch, 3, 3)
         if present is not None:
             sources = sources.masked_fill(~present[:, :, None, None, None], 0.0)
@@ -147,6 +149,8 @@ class RepairedFusion(nn.Module):
         weighed = self.weigh(heatmaps)
         said = of_sources(self._said(weighed, present)).flatten(0, 1)  # (B · V (V − 1), J, H, W)
         F = F if isinstance(F, Pencil) else view_pairs(F)
+        if not len(said):  # one view, and no other to fuse it with
+            return weighed
         ridges = self._ridges(said, F, tuple(heatmaps.shape[-2:])).unflatten(0, (len(heatmaps), -1))
         return weighed + self.gain / self.sharpness * sum_at_references(ridges)
 
@@ -178,8 +182,8 @@ class RepairedFusion(nn.Module):
 
 def pairs(views: int) -> tuple[list[int], list[int]]:
     """Source and reference of each ordered pair of views: [0, 0, 0, 1, …] and [1, 2, 3, 0, …] for four."""
-    source, reference = zip(*itertools.permutations(range(views), 2), strict=True)
-    return list(source), list(reference)
+    both = list(itertools.permutations(range(views), 2))
+    return [source for source, _ in both], [reference for _, reference in both]
 
 
 def view_pairs(F: Tensor) -> Tensor:

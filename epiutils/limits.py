@@ -56,13 +56,15 @@ def by_views(module: RepairedFusion, predicted: dict[str, Tensor], views: int) -
 
 
 def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
-    """The views with grey patches painted over that share of the joints of each, which are then not visible.
+    """The views with patches of one colour each painted over that share of the joints of each, which are then not visible.
 
     A patch has a sixth of the picture's side and its centre near the joint; joints under another's patch are
     hidden too.
     """
     rng, hidden = np.random.default_rng(seed), []
     for view in views:
+        if view.visible is None:
+            raise ValueError(f"view {view.camera.name}: nobody knows which of its joints are visible")
         image, visible = view.image.copy(), view.visible.copy()
         side, pixels = view.camera.size[0] // 6, np.round(view.joints)
         order = rng.permutation(len(visible))
@@ -99,6 +101,23 @@ def seen_by(rig: Sequence[Camera], instants: Sequence[Instant]) -> list[list[Vie
     return [people.scene(**vars(instant), rig=rig) for instant in instants]
 
 
+def silenced(output: Tensor, target: Tensor) -> Tensor:
+    """Heatmaps (V, J, H, W) of one instant, those whose own peak is wrong without any: their odds are then 0."""
+    wrong = torch.from_numpy(found(output, target) == 0)
+    return output.masked_fill(wrong[..., None, None], -10.0)
+
+
+@torch.no_grad()
+def fused_with(module: RepairedFusion, sources: Tensor, output: Tensor, F: Tensor) -> Tensor:
+    """Each view of one instant fused with other heatmaps of the other views: sources, output (V, J, H, W), F (V, V, 3, 3).
+
+    Returns (V, J, H, W).
+    """
+    others = [[s for s in range(len(output)) if s != r] for r in range(len(output))]
+    said = torch.stack([sources[o] for o in others])  # (V, V − 1, J, H, W): the views are a batch
+    return module(said, output, torch.stack([F[o, r] for r, o in enumerate(others)]))
+
+
 @torch.no_grad()
 def bounds(module: RepairedFusion, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Which joints the module finds with oracles, found (N, V, J) each: what bounds it on these heatmaps.
@@ -109,17 +128,11 @@ def bounds(module: RepairedFusion, predicted: dict[str, Tensor]) -> dict[str, np
     """
     output, target, F = (predicted[key] for key in ("output", "target", "F"))
     alone = np.stack([found(h, t) for h, t in zip(output, target, strict=True)])  # (N, V, J)
-    right = torch.from_numpy(np.nan_to_num(alone, nan=1.0) > 0)
-    silent = output.masked_fill(~right[..., None, None], -10.0)  # no peak: its odds are 0
-    made = {}
-    for name, sources in (("right sources only", silent), ("perfect sources", target)):
-        each = []
-        for n in range(len(output)):
-            others = [[s for s in range(output.shape[1]) if s != v] for v in range(output.shape[1])]
-            said = torch.stack([sources[n, o] for o in others])  # (V, V − 1, J, H, W): the views are a batch
-            f = torch.stack([F[n, o, v] for v, o in enumerate(others)])
-            each.append(found(module(said, output[n], f), target[n]))
-        made[name] = np.stack(each)
+    made = {"right sources only": [], "perfect sources": []}
+    for h, t, f in zip(output, target, F, strict=True):
+        for name, sources in (("right sources only", silenced(h, t)), ("perfect sources", t)):
+            made[name].append(found(fused_with(module, sources, h, f), t))
+    made = {name: np.stack(each) for name, each in made.items()}
     count = np.nansum(alone, 1, keepdims=True)
     nan = np.where(np.isnan(alone), np.nan, 0.0)
     return made | {"any view": nan + (count >= 1), "two views": nan + (count >= 2)}

@@ -153,10 +153,13 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> d
         raise ValueError(f"{recording.path}: none of the frames wanted has a person in every view")
     nothing, samples = np.zeros((1, 1, 3), np.uint8), []
     for t in index:
-        views = [
-            View(nothing, c.without_distortion(), c.undistort(d[:, :2]), np.minimum(d[:, 2], 1)).crop_to_person()
-            for c, d in zip(recording.cameras, recording.detections[:, t], strict=True)
-        ]
+        try:
+            views = [
+                View(nothing, c.without_distortion(), c.undistort(d[:, :2]), np.minimum(d[:, 2], 1)).crop_to_person()
+                for c, d in zip(recording.cameras, recording.detections[:, t], strict=True)
+            ]
+        except ValueError as error:
+            raise ValueError(f"{recording.path}: frame {recording.frames[t]}: {error}") from None
         F = np.zeros((len(views), len(views), 3, 3))
         for s, r in combinations(range(len(views)), 2):
             F[s, r] = heatmap_fundamental(views[s].camera, views[r].camera)
@@ -174,8 +177,10 @@ def realigned(recording: Recording, frames: Sequence[int] | None = None) -> tupl
 
     A shift stands for a camera that was turned a little after its calibration.  The shifts minimise Sampson distances
     in 5 px under a soft L1 loss; a pull towards zero, in 10 px, settles what lines cannot see, such as a shift of all
-    pictures together.  frames: numbers of `recording.frames` to look at, all by default.
+    pictures together.  The shift is found after undistortion and given to the principal point; with a lens that bends
+    much, the two differ by some percent.  frames: numbers of `recording.frames` to look at, all by default.
     Returns the recording and the shifts (V, 2) px in x and y.
+    Raises ValueError if no two cameras have a joint in the same frame.
     """
     chosen = slice(None) if frames is None else np.isin(recording.frames, frames)
     cameras = [camera.without_distortion() for camera in recording.cameras]
@@ -185,6 +190,8 @@ def realigned(recording: Recording, frames: Sequence[int] | None = None) -> tupl
     for s, r in combinations(range(len(cameras)), 2):
         known = np.isfinite(xy[s] + xy[r]).all(1)
         matches.append((s, r, xy[s][known], xy[r][known]))
+    if not any(len(p) for _, _, p, _ in matches):
+        raise ValueError(f"{recording.path}: no two cameras have a joint in the same frame, of those wanted")
 
     def residuals(shifts):
         at = [_shifted(camera, shift) for camera, shift in zip(cameras, shifts.reshape(-1, 2), strict=True)]

@@ -43,6 +43,8 @@ class Line(Alone):
 
     def __init__(self, collect: str, threshold: float = 1.0):
         super().__init__()
+        if collect not in ("sum", "mean", "max"):
+            raise ValueError(f"collect must be 'sum', 'mean' or 'max', got {collect!r}")
         self.collect, self.threshold = collect, threshold
         self.gain = nn.Parameter(torch.tensor(0.0))
 
@@ -64,7 +66,7 @@ class Line(Alone):
 
 
 class WeightedMax(Line):
-    """As AdaFuse: fused = λ_r reference + Σ_s λ_s (maximum of source s along the line), λ learned for each view and joint.
+    """As AdaFuse: fused = λ_r reference + gain Σ_s λ_s (maximum of source s along the line), λ learned for each view and joint.
 
     λ > 0 is the exponential of a small network of three numbers: how high the view's peak is, how spread its map (the
     entropy), and what the other views' lines say at the peak.  AdaFuse reads it from features of its backbone too.
@@ -90,8 +92,8 @@ class WeightedMax(Line):
 class Attention(Alone):
     """As the Epipolar Transformer (He et al., CVPR 2020): each pixel attends to samples of its line in each source.
 
-    fused = reference + Σ_s Σ_k a_k W v_k,  a = softmax over k of (Q u)·(K v_k) / √d, with u the J heatmap values at the
-    reference pixel and v_k those at K samples, evenly spread along its epipolar line where it crosses the source map.
+    fused = reference + Σ_s Σ_i a_i W v_i,  a = softmax over i of (Q u)·(K v_i) / √d, with u the J heatmap values at the
+    reference pixel and v_i those at the samples, evenly spread along its epipolar line where it crosses the source map.
     Q and K are d × J, W is J × J and begins at zero.
     """
 
@@ -107,7 +109,7 @@ class Attention(Alone):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         pixels = torch.stack([x, y], -1).reshape(-1, 2).to(F)  # (N, 2)
         lines = epipolar_lines(view_pairs(F).mT, pixels).to(heatmaps)  # (B · P, N, 3) in the source
-        grid = _along(lines.to(heatmaps.device), (height, width), self.samples)  # (B · P, N, K, 2)
+        grid = _along(lines, (height, width), self.samples)  # (B · P, N, K, 2)
         sources, references = (heatmaps[:, index].flatten(0, 1) for index in pairs(V))
         v = nn.functional.grid_sample(sources, grid, align_corners=True)  # (B · P, J, N, K)
         u = self.query(references.flatten(-2).mT) @ self.key.weight  # (B · P, N, J), Kᵀ Q u: no key for each sample

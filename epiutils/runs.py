@@ -3,8 +3,9 @@
     python -m epiutils.runs                     # everything that is not done yet: hours on two cores
     python -m epiutils.runs --points original --methods repaired_frozen original_frozen
 
-Each run is kept in runs/studies as soon as it is done, so the command can be stopped and taken up again; at the end all
-are packed into data/results/<point>.npz, which the notebooks read with `load`.
+Each run is kept in runs/studies as soon as it is done, so the command can be stopped and taken up again; at the end they
+are packed into data/results/<point>.npz, which the notebooks read with `load`.  A method takes the place of what is
+stored of it once it has at least as many seeds.
 """
 
 from __future__ import annotations
@@ -47,13 +48,12 @@ from epiutils.triangulate import projection_matrices, triangulate, triangulate_r
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
 SEEDS = 5
+FARTHEST = 65504.0  # mm, where half precision ends: as wrong as a joint can be stored
 TRAINING = slice(0, 840, 8)  # of subject 1, for modules on frozen heatmaps
 
 
 class WithNext(nn.Module):
     """A module of one source, such as `OriginalFusion`, for all views: each is fused with the next camera's."""
-
-    sharpness = 10.0
 
     def __init__(self, fusion: nn.Module):
         super().__init__()
@@ -127,7 +127,7 @@ def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[F
     network = load_checkpoint(CHECKPOINTS[point]).to(memory_format=torch.channels_last)
     settings = {"seed": seed, "workers": 1, "progress": True}
     if method == "original_free":
-        model = FusedNetwork(network, OriginalFusion(1.0)).train()
+        model = FusedNetwork(network, fusion).train()
         data = training_pictures("train", TRAINING)
         return model, train(model, fusion_loss, data, steps=60, batch=8, lr=1e-3, weight_decay=0, log=watch,
                             schedule="constant", **settings)[1]  # fmt: skip
@@ -196,11 +196,12 @@ def run(point: str, method: str, seed: int) -> dict:
     if method == "quality":
         return quality()
     test = heatmaps_once(point, progress=False)
-    start = time.perf_counter()
     if method == "hrnet":
         return evaluate(None, test) | {"seconds": 0.0}
     if method in FREE:
-        fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
+        fusion = OriginalFusion(1.0)
+        if method != "original_free":
+            fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
         start = time.perf_counter()
         model, rows = train_free(method, point, seed, fusion)
         seconds = time.perf_counter() - start
@@ -211,7 +212,9 @@ def run(point: str, method: str, seed: int) -> dict:
         if fused:
             scored |= {"found_unfused": evaluate(None, test)["found"]}
     else:
-        module, rows = train_frozen(method, heatmaps_once(point, "train", TRAINING, progress=False), seed)
+        heatmaps = heatmaps_once(point, "train", TRAINING, progress=False)
+        start = time.perf_counter()
+        module, rows = train_frozen(method, heatmaps, seed)
         seconds, scored = time.perf_counter() - start, evaluate(module, test)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     scored |= {"weights": weights.numpy() if len(weights) < 1000 else [], "seconds": seconds}
@@ -232,6 +235,8 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
             values = stored[name]
             if key.startswith("found"):
                 values = np.where(values > 1, np.nan, values.astype(np.float32))
+            if key.endswith("_mm"):
+                values = np.minimum(values.astype(np.float64), FARTHEST)
             methods.setdefault(method, {})[key] = values
         return methods | {"meta": json.loads(str(stored["meta"]))}
 
@@ -249,22 +254,27 @@ def _keep(path: Path, result: dict) -> None:
         if key.startswith("found"):
             arrays[key] = np.where(np.isnan(values), 2, values).astype(np.uint8)
         elif key.endswith("_mm"):
-            arrays[key] = values.astype(np.float16)
+            arrays[key] = np.minimum(values, FARTHEST).astype(np.float16)
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
 def _pack(point: str, folder: Path, seeds: int) -> None:
-    """One file of all runs of a point that all seeds have."""
-    arrays = {}
+    """Put the methods of which all these seeds are there into the file of their point, beside what it has of others."""
+    path, arrays = RESULTS / f"{point}.npz", {}
+    if path.exists():
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in stored.files if name != "meta"}
     for method in METHODS:
         paths = [folder / f"{point}-{method}-{seed}.npz" for seed in _seeds(point, method, seeds)]
-        if not paths or not all(path.exists() for path in paths):
+        before = {name for name in arrays if name.split("/")[0] == method}
+        if not paths or not all(map(Path.exists, paths)) or any(len(arrays[name]) > len(paths) for name in before):
             continue
         each = [dict(np.load(path)) for path in paths]
+        arrays = {name: values for name, values in arrays.items() if name not in before}
         arrays |= {f"{method}/{key}": np.stack([one[key] for one in each]) for key in each[0]}
     meta = {"command": "python -m epiutils.runs", "device": device_name(), "torch": torch.__version__, "seeds": seeds}
-    with replacing(RESULTS / f"{point}.npz") as part, part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays, meta=json.dumps(meta))
 
 

@@ -81,7 +81,8 @@ def triangulate(points, P, weights=None):
     facing = xp.sign(xp.linalg.det(P[..., :3])) / xp.linalg.vector_norm(P[..., 2, :3], axis=-1)
     depth = facing * (P[..., 2:, :] @ homogeneous(X)[..., None, :, None])[..., 0, 0]  # (..., V) metres
     before = xp.all((depth > NEAREST) | ~seen, axis=-1)[..., None]
-    return xp.astype(xp.where(meet & before, X, xp.full_like(X, xp.nan)), points.dtype)
+    X = xp.where(meet & before, X, xp.full_like(X, xp.nan))
+    return xp.astype(X, points.dtype) if xp.isdtype(points.dtype, "real floating") else X
 
 
 def triangulate_robust(

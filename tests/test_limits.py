@@ -82,7 +82,7 @@ def test_patches_hide_about_that_share_of_the_joints_and_what_they_cover_is_not_
     hidden = hide(views, share, seed=4)
     for before, after in zip(views, hidden, strict=True):
         lost = before.visible & ~after.visible
-        assert share <= lost.sum() / before.visible.sum() + 1e-9
+        assert share <= lost.sum() / before.visible.sum() + 1e-9 < share + 0.35
         assert not (after.visible & ~before.visible).any()
         x, y = np.clip(np.round(before.joints).astype(int), 0, 255).T
         assert (after.image[y, x] != before.image[y, x]).any(-1)[lost].all()
@@ -127,9 +127,15 @@ def test_oracles_bound_what_they_say():
 
 
 def test_sources_that_are_wrong_say_nothing_at_all():
-    predicted, module = made_up(8, lost=1.0), fusing()
+    predicted, module = made_up(8), fusing()  # every view is right …
+    elsewhere = made_up(9, lost=1.0)["output"]
+    predicted["output"] = predicted["output"] + 1.05 * elsewhere  # … but for a higher peak at another place
     alone = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
-    keep = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
-    assert keep.sum() > 5
-    made = bounds(module, predicted)["right sources only"]
-    np.testing.assert_array_equal(made.transpose(0, 2, 1)[keep], alone.transpose(0, 2, 1)[keep])
+    lost = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
+    assert lost.sum() > 5
+    silent = bounds(module, predicted)["right sources only"]
+    np.testing.assert_array_equal(silent.transpose(0, 2, 1)[lost], alone.transpose(0, 2, 1)[lost])
+    with torch.no_grad():
+        spoken = module.all_views(predicted["output"], predicted["F"])
+    right = np.stack([found(o, t) for o, t in zip(spoken, predicted["target"], strict=True)])
+    assert np.nanmean(right.transpose(0, 2, 1)[lost]) > 0.2  # had they spoken, their second peaks would have met

@@ -12,7 +12,7 @@ from epiutils.epipolar import fundamental_from_cameras, transfer
 from epiutils.fusion import OriginalFusion, RepairedFusion
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 from epiutils.metrics import found
-from epiutils.runs import WithNext, evaluate
+from epiutils.runs import WithNext, evaluate, train_frozen
 
 SHAPE, JOINTS, SCENES = (60, 80), 5, 3  # of pictures of 320×240
 
@@ -67,6 +67,10 @@ def test_the_maps_of_modules_that_give_logarithms_become_probabilities_first():
     scored = evaluate(module, predicted)
     assert np.nanmin(scored["found"]) == 1
     assert scored["dlt_mm"].max() < 30 and scored["robust_mm"].max() < 30
+    fused = module.all_views(predicted["output"], predicted["F"]).detach()
+    p = torch.softmax(module.sharpness.detach() * fused.flatten(-2), -1).view_as(fused)
+    np.testing.assert_allclose(evaluate(None, predicted | {"output": p})["dlt_mm"], scored["dlt_mm"], atol=1e-3)
+    assert np.abs(evaluate(None, predicted | {"output": fused})["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -80,6 +84,14 @@ def test_each_view_is_fused_with_the_next_camera(views):
         for r in range(views):
             s = 0 if r == views - 1 else r + 1
             torch.testing.assert_close(fused[:, r], original(maps[:, s], maps[:, r], F[:, s, r]))
+
+
+def test_the_same_seed_trains_the_same_module():
+    heatmaps = made_up(4, lost=0.3)
+    modules = [train_frozen("repaired_frozen", heatmaps, seed, steps=3)[0] for seed in (0, 0, 1)]
+    first, again, other = ([p.detach() for p in module.parameters()] for module in modules)
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+    assert not any(map(torch.equal, first, RepairedFusion().parameters()))
 
 
 @pytest.fixture
@@ -136,9 +148,23 @@ def test_what_is_done_is_not_done_again_and_a_stop_loses_one_run(quick, monkeypa
 def test_a_method_is_packed_once_all_its_seeds_are_there(quick, tmp_path):
     _, main, _ = quick
     main("--seeds", "2")
+    (tmp_path / "results" / "original.npz").unlink()
     (tmp_path / "runs" / "original-alone-1.npz").unlink()
     runs._pack("original", tmp_path / "runs", 2)
-    assert "alone" not in runs.load("original")
+    assert runs.load("original").keys() == {"hrnet", "meta"}
+
+
+def test_packing_keeps_what_is_stored_of_others_and_more_seeds_than_there_are(quick, tmp_path):
+    _, main, _ = quick
+    main("--seeds", "2")
+    before = runs.load("original")
+    main("--methods", "dense", "--seeds", "1", "--out", str(tmp_path / "elsewhere"))
+    main("--methods", "alone", "--seeds", "1", "--out", str(tmp_path / "elsewhere"))
+    after = runs.load("original")
+    assert after.keys() == {*before, "dense"} and len(after["alone"]["found"]) == 2
+    for method in ("hrnet", "alone"):
+        for key, values in before[method].items():
+            np.testing.assert_array_equal(after[method][key], values)
 
 
 def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path):
