@@ -259,12 +259,12 @@ def test_a_gradient_reaches_every_parameter(w32):
 
 
 def test_evaluation_is_deterministic_and_treats_each_picture_alone():
-    network, images = tiny(), inputs(3, 64, 96)
+    network, images = tiny().double(), inputs(3, 64, 96).double()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     with torch.no_grad():
         found = network(images)
         assert torch.equal(network(images), found)
-        torch.testing.assert_close(torch.cat([network(image[None]) for image in images]), found, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat([network(image[None]) for image in images]), found, rtol=1e-9, atol=1e-9)
     assert_same_state(network.state_dict(), before)
     assert (found[0] - found[1]).abs().max() > 0.1
 
