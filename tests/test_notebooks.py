@@ -19,7 +19,8 @@ from epiutils.human36m import Human36M
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
-PLACE = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/work/|[A-Z]:\\\\)\w+")
+ANYWHERE = r"(?:(?<![\w.<])|(?<=\\[nrt])|(?<=\dm))/\w+/"  # an absolute path, after an escaped line end or colour too
+PLACE = re.compile(rf"(?:/home/|/Users/|/root/|/tmp/|{ANYWHERE}|[A-Z]:\\\\)\w+")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
