@@ -3,8 +3,8 @@
     python benchmarks/fusion.py [--batch 8] [--rounds 5] [--json data/results/fusion.json]
 
 All candidates take turns in one run, and medians over the rounds count: a busy machine is busy for all of them, and
-what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.  The memory of
-each module is measured on the CPU, in a process of its own.
+what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.  The memory
+of each module is measured on the CPU, in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,28 +21,18 @@ from pathlib import Path
 import torch
 from redirect import measure  # beside this file
 
-from epiutils import rivals
 from epiutils.dataset import Benchmark, MultiView
 from epiutils.experiments import fusion_loss
 from epiutils.files import replacing
-from epiutils.fusion import OriginalFusion, RepairedFusion
+from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import joints_mse
 from epiutils.hrnet import SLIM, PoseHRNet, normalise
-from epiutils.runs import WithNext
+from epiutils.runs import TOGETHER, WithNext
 from epiutils.training import device_name
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
-MODULES = {
-    "alone": rivals.Alone,
-    "original_frozen": lambda: WithNext(OriginalFusion()),
-    "line_sum": lambda: rivals.Line("sum"),
-    "line_mean": lambda: rivals.Line("mean"),
-    "line_max": lambda: rivals.Line("max"),
-    "weighted_max": rivals.WeightedMax,
-    "attention": rivals.Attention,
-    "dense": rivals.Dense,
-    "repaired_frozen": RepairedFusion,
-}
+RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")
+MODULES = {name: TOGETHER[name][0] for name in RIVALS} | {"original_frozen": lambda: WithNext(OriginalFusion())}
 
 
 def load(batch: int) -> dict[str, torch.Tensor]:
@@ -65,8 +55,7 @@ def candidates(scenes: dict[str, torch.Tensor]) -> dict:
         fusion_loss(original, pair).backward()
         _wait()
 
-    repaired = all_views("repaired_frozen", maps, F)[1]
-    found = {"repaired, all views": repaired, "original, forward and backward": forward_and_backward}
+    found = {"original, forward and backward": forward_and_backward}
     images = normalise(scenes["image"])  # (4 · B, 3, 256, 256)
     for name, settings in NETWORKS.items():
         network = PoseHRNet(**settings).to(device, memory_format=torch.channels_last)
@@ -136,6 +125,7 @@ def main() -> None:
     peaks, scenes = memory(chosen.batch), load(chosen.batch)
     modules = {name: all_views(name, scenes["target"], scenes["F"]) for name in MODULES}
     seconds = measure(candidates(scenes) | {name: run for name, (_, run) in modules.items()}, chosen.rounds)
+    seconds["repaired, all views"] = seconds["repaired_frozen"]
     costs = {
         name: {"parameters": number, "milliseconds": 1e3 * seconds.pop(name), "peak_mb": peaks[name]}
         for name, (number, _) in modules.items()
@@ -157,7 +147,8 @@ def main() -> None:
         print("  {:18s} {:>13,} parameters {:8.1f} ms {:8.0f} MB".format(name, *cost.values()))
     if chosen.json:
         results = {"device": device_name(), "torch": torch.__version__, "batch": chosen.batch, "rounds": chosen.rounds}
-        results |= {"command": " ".join(["python", "benchmarks/fusion.py", *sys.argv[1:]]), "seconds": seconds, "shares": shares, "rivals": costs}
+        results["command"] = " ".join(["python", "benchmarks/fusion.py", *sys.argv[1:]])
+        results |= {"seconds": seconds, "shares": shares, "rivals": costs}
         with replacing(chosen.json) as part:
             part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 

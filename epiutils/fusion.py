@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from epiutils.heatmaps import probabilities
 from epiutils.redirect import Pencil, redirect
 
 
@@ -164,11 +165,8 @@ class RepairedFusion(nn.Module):
         """odds · p of each source: (B, S, J, H, W)."""
         trust = self.slope * weighed.flatten(-2).amax(-1)[..., None, None] + self.offset
         odds = trust.clamp_max(80).exp()  # single precision ends at exp(88)
-        said = odds * (self._probability(weighed) if self.normalise else weighed)
+        said = odds * (probabilities(weighed, self.sharpness) if self.normalise else weighed)
         return said if present is None else said.masked_fill(~present[:, :, None, None, None], 0.0)
-
-    def _probability(self, weighed: Tensor) -> Tensor:
-        return torch.softmax(self.sharpness * weighed.flatten(-2), -1).view_as(weighed)
 
     def _ridges(self, said: Tensor, F: Tensor | Pencil, shape: tuple[int, int]) -> Tensor:
         """What each pair's source says of each reference pixel: (P, J, H', W')."""

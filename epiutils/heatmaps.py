@@ -105,6 +105,11 @@ def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
     return points + torch.where(peaked[..., None], shift, torch.zeros_like(shift)), peak
 
 
+def probabilities(logits: Tensor, sharpness: float | Tensor = 1.0) -> Tensor:
+    """softmax(β logits) over the pixels of each map: (..., H, W), each sums to 1.  sharpness: β."""
+    return torch.softmax(sharpness * logits.flatten(-2), -1).view_as(logits)
+
+
 def joints_mse(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """HRNet's JointsMSELoss: the mean over joints of ½ · MSE(w · output, w · target).
 

@@ -56,9 +56,9 @@ def by_views(module: RepairedFusion, predicted: dict[str, Tensor], views: int) -
 
 
 def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
-    """The views with patches of one colour each painted over that share of the joints of each, which are then not visible.
+    """The views with patches painted over that share of the joints of each, which are then not visible.
 
-    A patch has a sixth of the picture's side and its centre near the joint; joints under another's patch are
+    A patch is of one colour, has a sixth of the picture's side and its centre near the joint; joints under another's patch are
     hidden too.
     """
     rng, hidden = np.random.default_rng(seed), []
@@ -109,9 +109,9 @@ def silenced(output: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fused_with(module: RepairedFusion, sources: Tensor, output: Tensor, F: Tensor) -> Tensor:
-    """Each view of one instant fused with other heatmaps of the other views: sources, output (V, J, H, W), F (V, V, 3, 3).
+    """Each view of one instant fused with other heatmaps of the other views.
 
-    Returns (V, J, H, W).
+    sources, output: (V, J, H, W).  F: (V, V, 3, 3).  Returns (V, J, H, W).
     """
     others = [[s for s in range(len(output)) if s != r] for r in range(len(output))]
     said = torch.stack([sources[o] for o in others])  # (V, V − 1, J, H, W): the views are a batch

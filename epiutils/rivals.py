@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from epiutils.epipolar import epipolar_lines
 from epiutils.fusion import of_sources, pairs, sum_at_references, view_pairs
+from epiutils.heatmaps import probabilities
 from epiutils.redirect import Pencil
 
 
@@ -66,9 +67,9 @@ class Line(Alone):
 
 
 class WeightedMax(Line):
-    """As AdaFuse: fused = λ_r reference + gain Σ_s λ_s (maximum of source s along the line), λ learned for each view and joint.
+    """As AdaFuse: fused = λ_r reference + gain Σ_s λ_s (maximum of source s along the line), λ learned.
 
-    λ > 0 is the exponential of a small network of three numbers: how high the view's peak is, how spread its map (the
+    λ > 0, one for each view and joint, is the exponential of a small network of three numbers: how high the view's peak is, how spread its map (the
     entropy), and what the other views' lines say at the peak.  AdaFuse reads it from features of its backbone too.
     """
 
@@ -81,7 +82,7 @@ class WeightedMax(Line):
     def all_views(self, heatmaps: Tensor, F: Tensor) -> Tensor:
         ridges = self._ridges(heatmaps, F)  # (B, P, J, H, W)
         peak, at = heatmaps.flatten(-2).max(-1)  # (B, V, J)
-        p = torch.softmax(10 * heatmaps.flatten(-2), -1)
+        p = probabilities(heatmaps, 10).flatten(-2)
         entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])
         others = sum_at_references(ridges).flatten(-2).gather(-1, at[..., None])[..., 0] / (heatmaps.shape[1] - 1)
         trust = self.trust(torch.stack([peak, entropy, others], -1)).exp()  # (B, V, J, 1)

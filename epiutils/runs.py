@@ -39,7 +39,7 @@ from epiutils.experiments import (
 )
 from epiutils.files import replacing
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.heatmaps import STRIDE, decode, joints_mse
+from epiutils.heatmaps import STRIDE, decode, joints_mse, probabilities
 from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint
 from epiutils.metrics import found, joint_mean, mpjpe
 from epiutils.training import device_name, pose_loss, predict, train, train_pose
@@ -150,7 +150,7 @@ def evaluate(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str
     for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True):
         right.append(found(maps, target))
         if isinstance(module, RepairedFusion | rivals.Alone):  # their maps are logarithms of probabilities
-            maps = torch.softmax(module.sharpness * maps.flatten(-2), -1).view_as(maps)
+            maps = probabilities(maps, module.sharpness)
         points, height = decode(maps, "dark")
         pixels.append(STRIDE * points.double())
         heights.append(height.double())

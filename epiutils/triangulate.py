@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from epiutils.epipolar import homogeneous
-from epiutils.heatmaps import STRIDE, decode
+from epiutils.heatmaps import STRIDE, decode, probabilities
 
 PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular
 NEAREST = 1e-3  # metres: what lies so close to a camera's plane is not what it saw, but where rays of one centre meet
@@ -181,7 +181,7 @@ def soft_argmax(heatmaps: Tensor, sharpness: float = 15.0) -> tuple[Tensor, Tens
     """
     peak = heatmaps.flatten(-2).amax(-1)
     scaled = heatmaps / torch.where(peak > 0, peak, torch.ones_like(peak))[..., None, None]
-    p = torch.softmax(sharpness * scaled.flatten(-2), -1).unflatten(-1, heatmaps.shape[-2:])
+    p = probabilities(scaled, sharpness)
     x, y = (torch.arange(size, dtype=p.dtype, device=p.device) for size in (p.shape[-1], p.shape[-2]))
     return torch.stack([(p.sum(-2) * x).sum(-1), (p.sum(-1) * y).sum(-1)], -1), peak
 
