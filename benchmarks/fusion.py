@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from redirect import measure  # beside this file
 
-from epiutils.dataset import Benchmark, MultiView
-from epiutils.experiments import fusion_loss
-from epiutils.files import replacing
+from epiutils.data.dataset import Benchmark, MultiView
+from epiutils.data.files import replacing
 from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import joints_mse
-from epiutils.hrnet import SLIM, PoseHRNet, normalise
-from epiutils.runs import TOGETHER, WithNext
-from epiutils.training import device_name
+from epiutils.networks.hrnet import SLIM, PoseHRNet, normalise
+from epiutils.networks.predict import device_name
+from epiutils.studies.fitting import fusion_loss
+from epiutils.studies.runs import TOGETHER, WithNext
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from epiutils import people
-from epiutils.epipolar import heatmap_fundamental, transfer
+from epiutils.data import people
+from epiutils.data.views import heatmap_fundamentals
+from epiutils.epipolar import transfer
 from epiutils.heatmaps import render
 from epiutils.redirect import Pencil, redirect
-from epiutils.report import record
+from epiutils.report.record import record
 
 THRESHOLD = 1.0
 LOOP_ROWS = 4  # reference rows that the nested loops really visit; their cost is proportional to the rows
@@ -52,7 +53,7 @@ def measure(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
 def case(size: int = 64, joints: int = 17) -> tuple[Tensor, Tensor]:
     """Heatmaps (J, size, size) of a person in one view, and F to another view, both scaled to that size."""
     source, reference = people.scene(9, "walk", 20)[:2]
-    F = heatmap_fundamental(source.camera, reference.camera)
+    F = heatmap_fundamentals([source.camera, reference.camera])[0, 1]
     A = np.diag([size / 64, size / 64, 1.0])
     points = torch.from_numpy(source.joints[:joints] * size / 256)
     return render(points, (size, size), sigma=size / 32).float(), torch.from_numpy(transfer(F, A, A))
@@ -147,7 +148,7 @@ def all_pairs(batch: int = 8, rounds: int = 3) -> dict[str, float]:
     """Seconds, forward and backward, for a batch of scenes whose four views all fuse with each other."""
     views = people.scene(9, "walk", 20)
     pairs = [(s, r) for r in views for s in views if s is not r] * batch
-    F = torch.stack([torch.from_numpy(heatmap_fundamental(s.camera, r.camera)) for s, r in pairs])
+    F = torch.stack([torch.from_numpy(heatmap_fundamentals([s.camera, r.camera])[0, 1]) for s, r in pairs])
     joints = torch.stack([torch.from_numpy(s.joints) for s, _ in pairs])
     values = render(joints / 4, (64, 64)).float().requires_grad_()
     pencil = Pencil.from_fundamental(F, (64, 64), THRESHOLD)

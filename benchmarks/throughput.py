@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from epiutils.dataset import Augmentation, Benchmark, MultiView
-from epiutils.files import replacing
+from epiutils.data.dataset import Augmentation, Benchmark, MultiView
+from epiutils.data.files import replacing
+from epiutils.data.human36m import Human36M
 from epiutils.heatmaps import joints_mse
-from epiutils.hrnet import SLIM, PoseHRNet
-from epiutils.human36m import Human36M
-from epiutils.training import device_name
+from epiutils.networks.hrnet import SLIM, PoseHRNet
+from epiutils.networks.predict import device_name
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 SETTINGS = {

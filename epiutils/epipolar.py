@@ -11,7 +11,6 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from epiutils.cameras import Camera
-from epiutils.heatmaps import HEATMAP_FROM_INPUT
 
 METHODS = {
     "8point": cv2.FM_8POINT,
@@ -88,11 +87,6 @@ def transfer(F: np.ndarray, A_src: np.ndarray, A_ref: np.ndarray) -> np.ndarray:
     xp = array_namespace(F)
     A_src, A_ref = (xp.asarray(np.array(A) if isinstance(A, np.ndarray) else A, dtype=F.dtype) for A in (A_src, A_ref))
     return xp.linalg.inv(A_ref).mT @ F @ xp.linalg.inv(A_src)
-
-
-def heatmap_fundamental(src: Camera, ref: Camera) -> np.ndarray:
-    """F between the heatmaps of two network inputs, from their cameras: (3, 3), in heatmap px."""
-    return transfer(fundamental_from_cameras(src, ref), HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
 
 
 def cross_matrix(v: np.ndarray) -> np.ndarray:

@@ -11,7 +11,9 @@ import pytest
 import tomli_w
 from rigs import LENS, camera_pair, look_at, world_points
 
-from epiutils.cameras import Camera, View, crop_affine, read_calib, write_calib
+from epiutils.cameras import Camera, crop_affine
+from epiutils.data.calibration import read_calib, write_calib
+from epiutils.data.views import View
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing" / "calibration" / "Calib.toml"
 SEEDS = range(4)

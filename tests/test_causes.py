@@ -6,16 +6,18 @@ import torch
 from rigs import camera_pair, look_at, random_maps, world_points
 from test_experiments import JOINTS, SHAPE, WEIGHTS, literal_right, made_up
 
-from epiutils import causes, plot
-from epiutils.causes import NormalEquations, Pairs
+from epiutils import plot
 from epiutils.epipolar import fundamental_from_cameras, point_line_distance, transfer
-from epiutils.experiments import PAIRS, HeatmapPairs, fusion_loss, score, watch
 from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import joints_mse
 from epiutils.metrics import bootstrap, joint_mean
+from epiutils.networks.loop import train
 from epiutils.redirect import redirect
-from epiutils.runs import WithNext
-from epiutils.training import train
+from epiutils.studies import causes
+from epiutils.studies.causes import NormalEquations, Pairs
+from epiutils.studies.fitting import PAIRS, HeatmapPairs, fusion_loss, watch
+from epiutils.studies.predicted import score
+from epiutils.studies.runs import WithNext
 
 TINY = (7, 9)
 MIDDLE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])

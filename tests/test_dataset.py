@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from epiutils import people
-from epiutils.dataset import SPLITS, Augmentation, Benchmark, MultiView, instants
+from epiutils.data import people
+from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView, instants
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 
 # Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.

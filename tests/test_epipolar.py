@@ -10,6 +10,7 @@ from rigs import LENS, camera_pair, look_at, up_to_scale, world_points
 from scipy.optimize import least_squares, minimize_scalar
 
 from epiutils.cameras import crop_affine
+from epiutils.data.views import heatmap_fundamentals
 from epiutils.epipolar import (
     METHODS,
     cross_matrix,
@@ -17,7 +18,6 @@ from epiutils.epipolar import (
     epipoles,
     find_fundamental,
     fundamental_from_cameras,
-    heatmap_fundamental,
     homogeneous,
     point_line_distance,
     sampson_distance,
@@ -368,7 +368,7 @@ def test_an_unknown_method_is_named_with_those_that_exist():
 
 def test_the_heatmaps_F_is_that_of_the_inputs_at_a_quarter_of_the_pixels():
     src, ref = camera_pair(4)
-    F, X = heatmap_fundamental(src, ref), world_points(4)
+    F, X = heatmap_fundamentals([src, ref])[0, 1], world_points(4)
     x_src, x_ref = (np.c_[camera.project(X) / 4, np.ones(len(X))] for camera in (src, ref))
     lines = x_src @ F.T
     assert np.abs((lines * x_ref).sum(1) / np.linalg.norm(lines[:, :2], axis=1)).max() < 1e-9

@@ -12,34 +12,38 @@ from rigs import look_at, world_points
 from test_human36m import labels, write_jpeg, write_karfly
 from torch import nn
 
-from epiutils import experiments, people
-from epiutils.dataset import SPLITS, Augmentation, Benchmark, MultiView
+from epiutils.data import people
+from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
+from epiutils.data.human36m import Human36M
 from epiutils.epipolar import epipolar_lines, fundamental_from_cameras, homogeneous, transfer
-from epiutils.experiments import (
+from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, accuracy, render
+from epiutils.metrics import bootstrap, joint_mean
+from epiutils.networks.hrnet import PoseHRNet, load_checkpoint, normalise, save_checkpoint
+from epiutils.networks.loop import train
+from epiutils.networks.predict import predict
+from epiutils.studies import predicted as experiments
+from epiutils.studies.fitting import (
     PAIRS,
     FusedNetwork,
     HeatmapPairs,
     HeatmapScenes,
     PicturePairs,
-    choose,
     free_loss,
-    fuse_views,
     fusion_loss,
+    views_loss,
+    watch,
+)
+from epiutils.studies.predicted import (
+    choose,
+    fuse_views,
     heatmaps_once,
     open_split,
     score,
     score_views,
     summary,
     training_pictures,
-    views_loss,
-    watch,
 )
-from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, accuracy, render
-from epiutils.hrnet import PoseHRNet, load_checkpoint, normalise, save_checkpoint
-from epiutils.human36m import Human36M
-from epiutils.metrics import bootstrap, joint_mean
-from epiutils.training import predict, train
 
 SHAPE, JOINTS = (24, 36), 5
 WEIGHTS = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.6, -0.1], [0.1, 0.0, 0.2]])  # no symmetry hides a flip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
+from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
 
 TINY = {"width": 4, "modules": (1, 1, 1), "blocks": 1, "stem": (4, 8), "stem_blocks": 1}
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -327,7 +327,12 @@ def test_what_is_no_picture_is_refused(images, got):
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_provenance(tmp_path):
     network = tiny().to(memory_format=torch.channels_last)
-    told = {"command": "python -m epiutils.training", "seed": 3, "accuracy": {"pck": 0.1 + 0.2}, "data": ["ü", None]}
+    told = {
+        "command": "python -m epiutils.networks.training",
+        "seed": 3,
+        "accuracy": {"pck": 0.1 + 0.2},
+        "data": ["ü", None],
+    }
     path = tmp_path / "new" / "tiny.safetensors"
     save_checkpoint(path, network.train(), **told)
     loaded = load_checkpoint(str(path))
@@ -573,7 +578,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path,
 
 def test_a_pickled_network_is_refused(tmp_path):
     torch.save(tiny(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"it asks for epiutils.hrnet.PoseHRNet, which is not run"):
+    with pytest.raises(ValueError, match=r"it asks for epiutils.networks.hrnet.PoseHRNet, which is not run"):
         load_checkpoint(tmp_path / "a.pth")
 
 

@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from epiutils import people
-from epiutils.dataset import MultiView
-from epiutils.human36m import ACTIONS, CAMERAS, Human36M, Instant, _archive, _check_bones, _unpickle
+from epiutils.data import people
+from epiutils.data.dataset import MultiView
+from epiutils.data.human36m import ACTIONS, CAMERAS, Human36M, Instant, _archive, _check_bones
+from epiutils.data.pickles import unpickle
+from epiutils.data.views import BONES, JOINTS
 
 # The joints that karfly's labels list, by name: right leg up, left leg down, trunk, right arm up, left arm down, nose
 KARFLY = ("rank", "rkne", "rhip", "lhip", "lkne", "lank", "root", "belly", "neck", "head",
           "rwri", "relb", "rsho", "lsho", "lelb", "lwri", "nose")  # fmt: skip
-TO_KARFLY = [people.JOINTS.index(name) for name in KARFLY]
-TO_TOOLBOX = [KARFLY.index(name) for name in people.JOINTS]
+TO_KARFLY = [JOINTS.index(name) for name in KARFLY]
+TO_TOOLBOX = [KARFLY.index(name) for name in JOINTS]
 PAIRED = ("hip", "kne", "ank", "sho", "elb", "wri")
 OTHER = {f"{a}{name}": f"{b}{name}" for name in PAIRED for a, b in ("lr", "rl")}
-MIRRORED = [people.JOINTS.index(OTHER.get(name, name)) for name in people.JOINTS]
+MIRRORED = [JOINTS.index(OTHER.get(name, name)) for name in JOINTS]
 DIRECTIONS, GREETING, SITTING_DOWN, WAITING = 2, 5, 10, 13
 SHOWN = [(9, DIRECTIONS, 1, 1), (9, DIRECTIONS, 1, 6), (11, WAITING, 2, 1)]  # instants with pictures
 
@@ -176,7 +178,7 @@ def write_jpeg(file, image):
 
 SIZE = {True: 256, False: 200}  # of the views read with and without undistortion
 READ = [("folder", True), ("zip", True), ("karfly", True), ("karfly", False)]
-DOTS = [people.JOINTS.index(name) for name in ("head", "rank", "lwri")]
+DOTS = [JOINTS.index(name) for name in ("head", "rank", "lwri")]
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_it_can_be_sent_to_a_spawned_worker(layouts):
 
 def test_it_has_the_names_of_a_recording(layouts):
     data = Human36M(layouts["folder"], every=1, subjects=(9,))
-    assert data.joints == people.JOINTS and data.bones == people.BONES and data.frames.tolist() == [0, 1]
+    assert data.joints == JOINTS and data.bones == BONES and data.frames.tolist() == [0, 1]
     assert data.detections.shape == (4, 2, 17, 3) and (data.detections[..., 2] == 1).all()
     for v, (camera, expected) in enumerate(zip(data.cameras, rig(9), strict=True)):
         assert camera.size == (1000, 1000) and camera.name == CAMERAS[v]
@@ -688,7 +690,7 @@ def test_pickles_of_all_ages_are_read(tmp_path, protocol):
     write = old.get(protocol) or (lambda content: pickle.dumps(content, protocol))
     file = tmp_path / "arrays.pkl"
     file.write_bytes(write([ARRAYS, {"a": (1, 2.5, None, True, "é"), "b": b"\xff\0"}]))
-    arrays, rest = _unpickle(file)
+    arrays, rest = unpickle(file)
     for one, other in zip(arrays, ARRAYS, strict=True):
         assert one.dtype == other.dtype.newbyteorder("=") or protocol == 5  # as numpy itself reads them
         assert one.shape == other.shape

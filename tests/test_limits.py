@@ -5,12 +5,12 @@ import pytest
 import torch
 from test_runs import made_up
 
-from epiutils import people
-from epiutils.dataset import Instant
+from epiutils.data import people
+from epiutils.data.dataset import Instant
 from epiutils.epipolar import epipoles, point_line_distance
 from epiutils.fusion import RepairedFusion
-from epiutils.limits import FOCAL, bounds, by_views, hide, other_rig, seen_by, shifted
 from epiutils.metrics import found
+from epiutils.studies.limits import FOCAL, bounds, by_views, hide, other_rig, seen_by, shifted
 
 
 def fusing(gain=0.8) -> RepairedFusion:

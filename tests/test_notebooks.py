@@ -15,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_human36m import labels, write_jpeg, write_karfly
 
-from epiutils.human36m import Human36M
+from epiutils.data.human36m import Human36M
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))

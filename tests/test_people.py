@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from epiutils import people, raycast
-from epiutils.cameras import Camera, View
-from epiutils.people import ACTIONS, BONES, JOINTS, SUBJECTS
+from epiutils.cameras import Camera
+from epiutils.data import people, raycast
+from epiutils.data.people import ACTIONS, SUBJECTS
+from epiutils.data.views import BONES, JOINTS, View
 
 J = {name: number for number, name in enumerate(JOINTS)}
 SCENES = [(1, "walk", 40, 0), (9, "sit", 12, 1), (8, "crouch", 55, 2), (11, "carry", 3, 3), (5, "phone", 81, 4)]

@@ -6,7 +6,8 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection, Path3DCollection
 from mpl_toolkits.mplot3d.proj3d import proj_transform
 
 from epiutils import plot
-from epiutils.people import BONES, pose
+from epiutils.data.people import pose
+from epiutils.data.views import BONES
 
 STANDING = pose(9, "walk", 3)  # (17, 3) metres
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from epiutils import people, raycast
 from epiutils.cameras import Camera
-from epiutils.raycast import Solid, box, cast, cone, plain, render
+from epiutils.data import people, raycast
+from epiutils.data.raycast import Solid, box, cast, cone, plain, render
 
 
 def solo_camera(size=(70, 40), f=90.0) -> Camera:

@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from epiutils.cameras import Camera, write_calib
-from epiutils.epipolar import symmetric_epipolar_distance
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
-from epiutils.recordings import (
+from epiutils.cameras import Camera
+from epiutils.data.calibration import write_calib
+from epiutils.data.recordings import (
     BONES,
     JOINTS,
     Status,
@@ -29,6 +28,8 @@ from epiutils.recordings import (
     read_recording,
     realigned,
 )
+from epiutils.epipolar import symmetric_epipolar_distance
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 from epiutils.triangulate import from_heatmaps, projection_matrices
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing"

@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from epiutils import pages, report
+from epiutils.report import pages
+from epiutils.report import run as report
+from epiutils.report.record import record, record_figure
 
 FIRST = r"""# 01 · The first
 
@@ -37,7 +39,7 @@ explore(draw, threshold=(1, 3), view=["left", "right"], ahead="threshold")
 """
 RECORD = """
 from matplotlib.figure import Figure
-from epiutils.report import record, record_figure
+from epiutils.report.record import record, record_figure
 figure = Figure(figsize=(2, 1))
 figure.subplots().plot([1, 2])
 record("line.slope", slope, "slope of the line")
@@ -97,17 +99,17 @@ def made(tmp_path_factory):
 def test_record_checks_and_leaves_no_trace_outside_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac", (0.1, 2)):
-        assert report.record("a.b", value) is None
+        assert record("a.b", value) is None
     for name in ("", "a b", ".a", "a..b", "ä"):
         with pytest.raises(ValueError, match="words joined by dots"):
-            report.record(name, 1)
+            record(name, 1)
     for value in (float("nan"), np.inf, None, [1, None], (1, math.nan), object()):
         with pytest.raises(ValueError, match="finite number"):
-            report.record("a", value)
+            record("a", value)
     figure = Figure()
-    assert report.record_figure("a", figure) is figure
+    assert record_figure("a", figure) is figure
     with pytest.raises(ValueError, match="03_fused"):
-        report.record_figure("../a", Figure())
+        record_figure("../a", Figure())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,7 +119,7 @@ def test_recorded_figures_are_the_same_bytes_in_every_run(tmp_path, monkeypatch)
         monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path / run))
         figure = Figure(figsize=(2, 1))
         figure.subplots().plot([1, 3, 2])
-        assert report.record_figure("line", figure, "A line.") is figure
+        assert record_figure("line", figure, "A line.") is figure
         files.append({path.name: path.read_bytes() for path in (tmp_path / run / "figures").iterdir()})
     assert sorted(files[0]) == ["line.png", "line.svg"] and files[0] == files[1]
 
@@ -126,7 +128,7 @@ def test_a_large_figure_is_kept_small(tmp_path, monkeypatch):
     monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
     figure = Figure(figsize=(8, 8))
     figure.add_axes((0, 0, 1, 1)).imshow(np.random.default_rng(0).random((400, 400, 3)))
-    report.record_figure("noise", figure)
+    record_figure("noise", figure)
     (path,) = (tmp_path / "figures").iterdir()
     with Image.open(path) as image:
         assert image.format == "PNG" and image.mode == "P"
@@ -134,10 +136,10 @@ def test_a_large_figure_is_kept_small(tmp_path, monkeypatch):
 
 def test_a_name_cannot_be_both_a_number_and_a_group(tmp_path, monkeypatch):
     monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
-    report.record("redirect.speedup", 1)
-    report.record("redirect.speedup_loop", 1)
+    record("redirect.speedup", 1)
+    record("redirect.speedup_loop", 1)
     with pytest.raises(ValueError, match="group"):
-        report.record("redirect.speedup.loop", 1)
+        record("redirect.speedup.loop", 1)
 
 
 def test_metrics_are_nested_sorted_rounded_and_merged(tmp_path):

@@ -11,7 +11,7 @@ from scipy.ndimage import map_coordinates
 from test_repaired import rig
 
 from epiutils.heatmaps import hit_loss, render
-from epiutils.rivals import Alone, Attention, Dense, Line, WeightedMax, _along
+from epiutils.studies.rivals import Alone, Attention, Dense, Line, WeightedMax, _along
 
 SHAPE, JOINTS = (8, 11), 3
 MAKE = {

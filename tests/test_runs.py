@@ -7,12 +7,12 @@ import pytest
 import torch
 from rigs import look_at, world_points
 
-from epiutils import runs
 from epiutils.epipolar import fundamental_from_cameras, transfer
 from epiutils.fusion import OriginalFusion, RepairedFusion
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 from epiutils.metrics import found
-from epiutils.runs import WithNext, evaluate, train_frozen
+from epiutils.studies import runs
+from epiutils.studies.runs import WithNext, evaluate, train_frozen
 
 SHAPE, JOINTS, SCENES = (60, 80), 5, 3  # of pictures of 320×240
 

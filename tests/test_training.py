@@ -18,21 +18,14 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from torch import nn
 
-from epiutils.dataset import Benchmark, MultiView
+from epiutils.data.dataset import Benchmark, MultiView
+from epiutils.data.people import scene
 from epiutils.heatmaps import accuracy
-from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint, provenance
-from epiutils.people import scene
-from epiutils.training import (
-    GlobalBatchNorm2d,
-    batches,
-    device_name,
-    predict,
-    scores,
-    subset,
-    synchronised,
-    train,
-    train_pose,
-)
+from epiutils.networks.batchnorm import GlobalBatchNorm2d, synchronised
+from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, provenance
+from epiutils.networks.loop import batches, train
+from epiutils.networks.predict import device_name, predict, scores
+from epiutils.networks.training import subset, train_pose
 
 SCRIPT = Path(tiny_training.__file__)
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"

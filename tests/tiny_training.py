@@ -8,11 +8,12 @@ import time
 
 import torch
 
-from epiutils.dataset import Augmentation, MultiView
+from epiutils.data.dataset import Augmentation, MultiView
+from epiutils.data.people import scene
 from epiutils.heatmaps import joints_mse
-from epiutils.hrnet import PoseHRNet, normalise
-from epiutils.people import scene
-from epiutils.training import pose_loss, train
+from epiutils.networks.hrnet import PoseHRNet, normalise
+from epiutils.networks.loop import train
+from epiutils.networks.training import pose_loss
 
 
 def double_loss(network, batch, done) -> torch.Tensor:

@@ -9,7 +9,6 @@ camera's centre: metres and translations are made of them here, at the door.  No
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,8 +20,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from epiutils.cameras import Camera, View, crop_affine
-from epiutils.people import BONES, JOINTS
+from epiutils.cameras import Camera, crop_affine
+from epiutils.data.pickles import unpickle
+from epiutils.data.views import BONES, JOINTS, View
 
 CAMERAS = ("54138969", "55011271", "58860488", "60457274")
 ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting", "SittingDown",
@@ -184,7 +184,7 @@ def _find(path: Path, split: str) -> tuple[Path, Callable, Path]:
 
 def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
     """The pickle's records as they are: a dict for each picture, with its instant and the camera's number."""
-    records = _unpickle(file)
+    records = unpickle(file)
     numbers = ("subject", "action", "subaction", "image_id", "camera_id")
     needed = {"image", "joints_2d", "joints_3d_camera", "camera", *numbers}
     for number, record in enumerate(records if isinstance(records, list) else [None]):
@@ -204,7 +204,7 @@ def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
 
 def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
     """The rows of the table, each as four records like the toolbox's, with a Camera and with keypoints in the world."""
-    labels = _unpickle(file)
+    labels = unpickle(file)
     try:
         labels = labels[()]  # the dict in the array
         rows, names = labels["table"], list(labels["camera_names"])
@@ -343,72 +343,3 @@ def _read_picture(root: Path, name: str) -> np.ndarray:
 def _archive(path: Path, process: int) -> zipfile.ZipFile:
     """The zip, opened once a process: forked ones would move each other's place in the file."""
     return zipfile.ZipFile(path)
-
-
-# A pickle calls what it names, and numpy's dtype believes the offsets and flags that a pickle states, with which any
-# memory can be read.  So these stand in for all that an array needs; dtypes are rebuilt with numpy's own checks.
-class _Dtype:
-    def __init__(self, code: str, *_):
-        self.dtype = np.dtype(str(code))
-
-    def __setstate__(self, state: tuple):
-        _, order, subarray, names, fields, *_ = state
-        if subarray:
-            self.dtype = np.dtype((subarray[0].dtype, subarray[1]))
-        elif names:
-            formats, offsets = zip(*((fields[name][0].dtype, fields[name][1]) for name in names), strict=True)
-            layout = {"names": list(names), "formats": list(formats), "offsets": list(offsets)}
-            self.dtype = np.dtype(layout | {"itemsize": self.dtype.itemsize})
-        else:
-            self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array(np.ndarray):
-    def __setstate__(self, state: tuple):
-        version, shape, dtype, fortran, data = state
-        super().__setstate__((version, shape, dtype.dtype, fortran, data))
-
-
-def _reconstruct(*_) -> _Array:
-    return _Array(0)
-
-
-def _frombuffer(data, dtype: _Dtype, shape: tuple[int, ...], order: str, *axes) -> np.ndarray:
-    array = np.frombuffer(_encode(data), dtype.dtype)
-    return array.reshape(shape).transpose(*axes) if order == "K" else array.reshape(shape, order=order)
-
-
-def _scalar(dtype: _Dtype, data: bytes | str) -> np.generic:
-    return np.frombuffer(_encode(data), dtype.dtype, 1)[0]
-
-
-def _encode(data: bytes | bytearray | str, *_) -> bytes:
-    return data.encode("latin1") if isinstance(data, str) else bytes(data)  # a copy: no array shares another's memory
-
-
-_ALLOWED = {"numpy.dtype": _Dtype, "numpy.ndarray": "ndarray", "_codecs.encode": _encode}
-for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED |= {f"{_core}.multiarray._reconstruct": _reconstruct, f"{_core}.multiarray.scalar": _scalar}
-    _ALLOWED[f"{_core}.numeric._frombuffer"] = _frombuffer
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if f"{module}.{name}" not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is forbidden")
-        return _ALLOWED[f"{module}.{name}"]
-
-
-def _unpickle(path: Path):
-    """What a pickle or a .npy file of one object holds: numpy arrays, numbers, text, lists, tuples and dicts.
-
-    Raises ValueError, naming the file, for all else.
-    """
-    with path.open("rb") as stream:
-        try:
-            if path.suffix == ".npy":  # a header with its length, then a pickle
-                version = np.lib.format.read_magic(stream)
-                stream.read(int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little"))
-            return _Unpickler(stream, encoding="latin1").load()  # as Python 2 wrote arrays
-        except Exception as error:  # a broken pickle can raise anything
-            raise ValueError(f"{path} is not a pickle of arrays and plain containers: {error!r}") from error

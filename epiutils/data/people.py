@@ -13,13 +13,24 @@ from numbers import Integral
 
 import numpy as np
 
-from epiutils.cameras import Camera, View, crop_affine
-from epiutils.raycast import ROOM, Solid, ball, box, cone, doors, plain, render, room, sensor, shadow_map, strands, wood
+from epiutils.cameras import Camera, crop_affine
+from epiutils.data.raycast import (
+    ROOM,
+    Solid,
+    ball,
+    box,
+    cone,
+    doors,
+    plain,
+    render,
+    room,
+    sensor,
+    shadow_map,
+    strands,
+    wood,
+)
+from epiutils.data.views import JOINTS, View
 
-JOINTS = ("root", "rhip", "rkne", "rank", "lhip", "lkne", "lank", "belly", "neck",
-          "nose", "head", "lsho", "lelb", "lwri", "rsho", "relb", "rwri")  # fmt: skip
-BONES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8),
-         (8, 9), (9, 10), (8, 11), (11, 12), (12, 13), (8, 14), (14, 15), (15, 16))  # fmt: skip
 FPS = 50
 
 # height in metres; legs, shoulders and girth as factors of the average; colours as RGB in [0, 1]

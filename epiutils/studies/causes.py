@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from epiutils.cameras import Camera
 from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
-from epiutils.experiments import PAIRS
 from epiutils.metrics import bootstrap, found, joint_mean
+from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
-from epiutils.training import batches
+from epiutils.studies.fitting import PAIRS
 
 # Which pairs of views
 

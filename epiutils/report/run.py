@@ -1,7 +1,7 @@
 """The report: every notebook in order through papermill, then pages that need neither kernel nor network.
 
 `python -m epiutils.report --help` says what can be asked; `record` and `record_figure` are how a notebook
-hands a number or a figure to it.  Pages: report_template/ and the functions of `epiutils.pages`.
+hands a number or a figure to it.  Pages: report/template/ and the functions of `epiutils.report.pages`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import argparse
 import ast
 import hashlib
 import importlib.metadata
-import io
 import json
-import math
 import os
 import platform
 import re
@@ -20,95 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-from epiutils.files import replacing
+from epiutils.report.record import write
 
-PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).resolve().parents[2]
 # One number of threads everywhere, because it decides the last digits of a sum (the Makefile says the same),
 # and no backend from outside, which would take the figures out of the notebooks.
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
 QUIET = ["--log-level=CRITICAL"]  # the kernel's own log, which has nothing for the reader
-LARGE = 150_000  # bytes of a figure
-NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
-
-
 # What notebooks hand over
-
-
-def record(name: str, value, text: str = "") -> None:
-    """Hand a number to the report: `record("redirect.speedup_loop", 12345.6, "times faster than the loop")`.
-
-    name: words joined by dots, the path in metrics.json.  value: a finite number, a bool or a string, numpy
-    and torch scalars too; or a tuple of numbers, such as an interval.  text: what the number is; with one, it is listed among the key numbers.
-    Returns nothing, so that it may end a cell; outside a report it only checks.  Raises ValueError for a name
-    or value that cannot be recorded, or a name that is a group of others.
-    """
-    if not NAME.fullmatch(name):
-        raise ValueError(f'record: a name is words joined by dots, like "redirect.speedup", got {name!r}')
-    plain = [_plain(name, v) for v in value] if isinstance(value, tuple | list) else _plain(name, value)
-    _hand_over("numbers", name, {"value": plain, "text": text})
-
-
-def _plain(name: str, value) -> float | int | bool | str:
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.6g}")
-    if not isinstance(value, bool | int | str):
-        raise ValueError(f"record: {name} must be finite numbers, a bool or a string, got {value!r}")
-    return value
-
-
-def record_figure(name: str, figure, caption: str = ""):
-    """Hand a figure to the report, saved as figures/<name>.png, the same bytes in every run.
-
-    Saved as .svg too, unless its pictures make that large; a large .png gets 256 colours, for it is committed.
-    name: a file name without its ending.  figure: a matplotlib Figure.  caption: one sentence for the reader.
-    Returns the figure, so that it is shown where this ends a cell; outside a report it only checks.
-    Raises ValueError for a name with other characters.
-    """
-    if not NAME.fullmatch(name) or "." in name:
-        raise ValueError(f'record_figure: a name is letters, digits, _ and -, like "03_fused", got {name!r}')
-    folder = _hand_over("figures", name, caption)
-    if not folder:
-        return figure
-    from matplotlib import rc_context
-    from PIL import Image
-
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        path, buffer = folder / "figures" / f"{name}.{kind}", io.BytesIO()
-        with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-            figure.savefig(buffer, format=kind, dpi=120, bbox_inches="tight", metadata=metadata)
-        large = buffer.tell() > LARGE
-        if large and kind == "svg":
-            path.unlink(missing_ok=True)
-            continue
-        with replacing(path) as part:
-            if large:
-                Image.open(buffer).convert("RGB").quantize(256).save(part, "png", optimize=True)
-            else:
-                part.write_bytes(buffer.getvalue())
-    return figure
-
-
-def _hand_over(kind: str, name: str, value) -> Path | None:
-    """Keep something for the report that runs this notebook, if one does; returns the report's folder."""
-    if "EPIUTILS_REPORT_DIR" not in os.environ:
-        return None
-    folder = Path(os.environ["EPIUTILS_REPORT_DIR"])
-    path = folder / "records" / f"{os.environ.get('EPIUTILS_REPORT_SOURCE', 'script')}.json"
-    records = json.loads(path.read_text("utf-8")) if path.exists() else {"numbers": {}, "figures": {}}
-    for other in records[kind] if kind == "numbers" else ():
-        if other.startswith(name + ".") or name.startswith(other + "."):
-            raise ValueError(f"record: {name} and {other} cannot both hold a value: one is a group of the other")
-    records[kind][name] = value
-    write(path, json.dumps(records, indent=1, ensure_ascii=False))
-    return folder
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file at once: a reader sees the old one or the new one, never a half."""
-    with replacing(path) as part:
-        part.write_text(text, "utf-8")
 
 
 # Parameters
@@ -167,7 +84,7 @@ def stamp(notebook: Path, parameters: dict) -> str:
 
     cells = [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in nbformat.read(notebook, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted((ROOT / "epiutils").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -230,7 +147,7 @@ def refresh(notebooks: list[Path], timeout: int) -> None:
     from nbclient import NotebookClient
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    from epiutils.pages import VIEW
+    from epiutils.report.pages import VIEW
 
     for notebook in notebooks:
         begin, nb = time.time(), nbformat.read(notebook, 4)
@@ -265,7 +182,7 @@ def build(notebooks: list[Path], out: Path, meta: dict, partial: bool, failed: s
     """
     import nbformat
 
-    from epiutils import pages
+    from epiutils.report import pages
 
     nav, copies, figures, numbers, flat = [], [], [], [], {}
     for notebook in notebooks:
@@ -403,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     failure, interrupted, done = None, False, 0
     try:
         if args.profile == "full":
-            from epiutils import runs
+            from epiutils.studies import runs
 
             runs.main([])  # what it has done is not done again
         for done, notebook in enumerate(chosen):

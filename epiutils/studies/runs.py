@@ -1,7 +1,7 @@
 """The long experiments: every method trained by five seeds at both operating points, scored, and stored.
 
-    python -m epiutils.runs                     # everything that is not done yet: hours on two cores
-    python -m epiutils.runs --points original --methods repaired_frozen original_frozen
+    python -m epiutils.studies.runs                     # everything that is not done yet: hours on two cores
+    python -m epiutils.studies.runs --points original --methods repaired_frozen original_frozen
 
 Each run is kept in runs/studies as soon as it is done, so the command can be stopped and taken up again; at the end they
 are packed into data/results/<point>.npz, which the notebooks read with `load`.  A method takes the place of what is
@@ -21,31 +21,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epiutils import rivals
-from epiutils.dataset import Augmentation, Benchmark, MultiView
-from epiutils.experiments import (
-    CHECKPOINTS,
+from epiutils.data.dataset import Augmentation, Benchmark, MultiView
+from epiutils.data.files import replacing
+from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
+from epiutils.heatmaps import STRIDE, decode, joints_mse, probabilities
+from epiutils.metrics import found, joint_mean, mpjpe
+from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint
+from epiutils.networks.loop import train
+from epiutils.networks.predict import device_name, predict
+from epiutils.networks.training import pose_loss, train_pose
+from epiutils.studies import rivals
+from epiutils.studies.fitting import (
     FusedNetwork,
     HeatmapPairs,
     HeatmapScenes,
     free_loss,
-    fuse_views,
     fusion_loss,
-    heatmaps_once,
-    score_views,
-    training_pictures,
     views_loss,
     watch,
 )
-from epiutils.files import replacing
-from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.heatmaps import STRIDE, decode, joints_mse, probabilities
-from epiutils.hrnet import SLIM, PoseHRNet, load_checkpoint
-from epiutils.metrics import found, joint_mean, mpjpe
-from epiutils.training import device_name, pose_loss, predict, train, train_pose
+from epiutils.studies.predicted import CHECKPOINTS, fuse_views, heatmaps_once, score_views, training_pictures
 from epiutils.triangulate import projection_matrices, triangulate, triangulate_robust
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results"
 SEEDS = 5
 FARTHEST = 65504.0  # mm, where half precision ends: as wrong as a joint can be stored
@@ -273,7 +271,12 @@ def _pack(point: str, folder: Path, seeds: int) -> None:
         each = [dict(np.load(path)) for path in paths]
         arrays = {name: values for name, values in arrays.items() if name not in before}
         arrays |= {f"{method}/{key}": np.stack([one[key] for one in each]) for key in each[0]}
-    meta = {"command": "python -m epiutils.runs", "device": device_name(), "torch": torch.__version__, "seeds": seeds}
+    meta = {
+        "command": "python -m epiutils.studies.runs",
+        "device": device_name(),
+        "torch": torch.__version__,
+        "seeds": seeds,
+    }
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays, meta=json.dumps(meta))
 
@@ -293,7 +296,7 @@ def _seeds(point: str, method: str, seeds: int) -> range:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and pack what there is."""
-    parser = argparse.ArgumentParser(prog="python -m epiutils.runs", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.runs", description=main.__doc__)
     parser.add_argument("--points", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=SEEDS)

@@ -24,8 +24,10 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from epiutils.cameras import Camera, View, read_calib
-from epiutils.epipolar import fundamental_from_cameras, heatmap_fundamental, sampson_distance
+from epiutils.cameras import Camera
+from epiutils.data.calibration import read_calib
+from epiutils.data.views import View, heatmap_fundamentals
+from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 
 _ORDERS = """
@@ -160,10 +162,7 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> d
             ]
         except ValueError as error:
             raise ValueError(f"{recording.path}: frame {recording.frames[t]}: {error}") from None
-        F = np.zeros((len(views), len(views), 3, 3))
-        for s, r in combinations(range(len(views)), 2):
-            F[s, r] = heatmap_fundamental(views[s].camera, views[r].camera)
-            F[r, s] = F[s, r].T
+        F = heatmap_fundamentals([view.camera for view in views])
         sample = {"output": torch.stack([heatmaps(view) for view in views]).float(), "F": torch.from_numpy(F)}
         sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))
         samples.append(sample | {k: torch.from_numpy(np.stack([getattr(v.camera, k) for v in views])) for k in "KRt"})

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from epiutils import human36m, people, raycast
-from epiutils.cameras import Camera, View, crop_affine
-from epiutils.epipolar import heatmap_fundamental
-from epiutils.files import replacing
+from epiutils.cameras import Camera, crop_affine
+from epiutils.data import human36m, people, raycast
+from epiutils.data.files import replacing
+from epiutils.data.human36m import Human36M
+from epiutils.data.recordings import Recording, read_recording
+from epiutils.data.views import BONES, JOINTS, View, heatmap_fundamentals
 from epiutils.heatmaps import STRIDE, hrnet_targets
-from epiutils.human36m import Human36M
-from epiutils.recordings import Recording, read_recording
 
-CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"  # or the folder that EPIUTILS_CACHE names
+CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # or the folder that EPIUTILS_CACHE names
 # Subjects, performances of each action, instants of each performance, first seed.  A performance has a seed of its
 # own, so room, light, furniture and clothes never repeat between performances, nor between training and test.
 SPLITS = {
@@ -56,11 +56,11 @@ class Performance:
 
     @property
     def joints(self) -> tuple[str, ...]:
-        return people.JOINTS
+        return JOINTS
 
     @property
     def bones(self) -> tuple[tuple[int, int], ...]:
-        return people.BONES
+        return BONES
 
     @property
     def frames(self) -> np.ndarray:
@@ -269,10 +269,6 @@ class MultiView(torch.utils.data.Dataset):
         inside = ((joints > -0.5) & (joints < self.size - 0.5)).all(-1)
         visible = np.stack([np.ones(len(v.joints), bool) if v.visible is None else v.visible for v in views])
         target, weight = hrnet_targets(torch.from_numpy(joints), (self.size // STRIDE,) * 2)
-        F = np.zeros((len(views), len(views), 3, 3))
-        for s, r in itertools.combinations(range(len(views)), 2):
-            F[s, r] = heatmap_fundamental(views[s].camera, views[r].camera)
-            F[r, s] = F[s, r].T
         return {
             "image": torch.from_numpy(np.stack([view.image for view in views])),
             "target": target,
@@ -281,7 +277,7 @@ class MultiView(torch.utils.data.Dataset):
             "visible": torch.from_numpy(visible & inside),
             "joints_3d": torch.from_numpy(np.array(views[0].joints_3d)),
             **{k: torch.from_numpy(np.stack([getattr(view.camera, k) for view in views])) for k in ("K", "R", "t")},
-            "F": torch.from_numpy(F),
+            "F": torch.from_numpy(heatmap_fundamentals([view.camera for view in views])),
         }
 
 

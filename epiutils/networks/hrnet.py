@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from epiutils.files import replacing
+from epiutils.data.files import replacing
 
 SLIM = {"width": 16, "modules": (1, 1, 1), "blocks": 2, "stem": (24, 32), "stem_blocks": 1}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}

@@ -1,7 +1,7 @@
 """Pages of the report: executed notebooks and the story as HTML without kernel, network or MathJax.
 
 Widgets become their last picture and settings, explorers made with `ahead=` a live slider over pictures,
-formulas MathML.  The look is in report_template/.
+formulas MathML.  The look is in template/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-TEMPLATES = Path(__file__).resolve().parent / "report_template"
+TEMPLATES = Path(__file__).resolve().parent / "template"
 VIEW = "application/vnd.jupyter.widget-view+json"
 LARGE = 60_000  # characters of base64
 STATE = "application/vnd.jupyter.widget-state+json"

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epiutils import people
-from epiutils.cameras import Camera, View
-from epiutils.dataset import Instant
+from epiutils.cameras import Camera
+from epiutils.data import people
+from epiutils.data.dataset import Instant
+from epiutils.data.views import View
 from epiutils.epipolar import transfer
 from epiutils.fusion import RepairedFusion
 from epiutils.heatmaps import STRIDE

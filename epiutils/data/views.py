@@ -1,0 +1,83 @@
+"""Views: a picture, its camera and the joints in it; and the geometry between the heatmaps of several."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from epiutils.cameras import Camera, crop_affine
+from epiutils.epipolar import fundamental_from_cameras, transfer
+from epiutils.heatmaps import HEATMAP_FROM_INPUT
+
+# Human3.6M's joints in the toolbox's order, which the embedded people share
+JOINTS = ("root", "rhip", "rkne", "rank", "lhip", "lkne", "lank", "belly", "neck",
+          "nose", "head", "lsho", "lelb", "lwri", "rsho", "relb", "rwri")  # fmt: skip
+
+BONES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8),
+         (8, 9), (9, 10), (8, 11), (11, 12), (12, 13), (8, 14), (14, 15), (15, 16))  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One camera's picture of one instant, with the joints seen in it.
+
+    image: (H, W, 3) uint8 RGB.  camera: the camera of this very picture.  joints: (J, 2) px, nan where
+    unknown.  confidence: (J,) in [0, 1].  joints_3d: (J, 3) metres in the world, and visible: (J,) bool,
+    where they are known.
+    """
+
+    image: np.ndarray
+    camera: Camera
+    joints: np.ndarray
+    confidence: np.ndarray
+    joints_3d: np.ndarray | None = None
+    visible: np.ndarray | None = None
+
+    def crop(self, A: np.ndarray, size: tuple[int, int]) -> View:
+        """The view cropped, scaled or rotated by x_new = A x: picture, camera and joints together."""
+        camera = self.camera.crop(A, size)
+        shrinks = 1 / np.sqrt(abs(np.linalg.det(A[:2, :2])))
+        image = cv2.GaussianBlur(self.image, (0, 0), 0.4 * shrinks) if shrinks > 1.2 else self.image  # no aliasing
+        return replace(
+            self,
+            image=cv2.warpAffine(image, A[:2].astype(np.float64), camera.size, flags=cv2.INTER_LINEAR),
+            camera=camera,
+            joints=self.joints @ A[:2, :2].T + A[:2, 2],
+        )
+
+    def crop_to_person(self, size: tuple[int, int] = (256, 256), margin: float = 1.25) -> View:
+        """The square crop around the known joints, `margin` times their larger extent, as HRNet's input is cut."""
+        known = self.joints[np.isfinite(self.joints).all(-1)]
+        if len(known) < 2:
+            raise ValueError(f"{self.camera.name}: {len(known)} joints known, at least 2 are needed to place a crop")
+        low, high = known.min(0), known.max(0)
+        return self.crop(crop_affine((low + high) / 2, margin * (high - low).max(), size), size)
+
+    def undistorted(self) -> View:
+        """The view without lens distortion, in which epipolar lines are straight."""
+        camera = self.camera.without_distortion()
+        if not self.camera.distortion.any():
+            return self
+        return replace(
+            self,
+            image=cv2.undistort(self.image, self.camera.K, self.camera.distortion),
+            camera=camera,
+            joints=self.camera.undistort(self.joints),
+        )
+
+
+def heatmap_fundamentals(cameras: Sequence[Camera]) -> np.ndarray:
+    """F between the heatmaps of all pairs of network inputs, from their cameras, in heatmap px.
+
+    Returns (V, V, 3, 3), F[s, r] from the source s to the reference r, F[r, s] = F[s, r]ᵀ, zeros where s = r.
+    """
+    F = np.zeros((len(cameras), len(cameras), 3, 3))
+    for s, r in itertools.combinations(range(len(cameras)), 2):
+        of_inputs = fundamental_from_cameras(cameras[s], cameras[r])
+        F[s, r] = transfer(of_inputs, HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
+        F[r, s] = F[s, r].T
+    return F

@@ -1,0 +1,58 @@
+"""What a network sees in views, and on which device."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from epiutils.data.dataset import MultiView
+from epiutils.heatmaps import accuracy, pck
+from epiutils.networks.hrnet import normalise
+
+
+@torch.no_grad()
+def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 0, progress: bool = False) -> dict:
+    """Heatmaps of a whole dataset by a network in evaluation mode, and all of its samples but the pictures.
+
+    Returns output (N, V, J, h, w) float32 and the stacked tensors of `MultiView`'s samples, on the CPU.
+    """
+    device, training = next(network.parameters()).device, network.training
+    network.eval()
+    loader = torch.utils.data.DataLoader(
+        data, batch, num_workers=workers, multiprocessing_context="spawn" if workers else None
+    )
+    parts = []
+    for samples in tqdm(loader, desc="predicting", unit="batch", disable=not progress):
+        images = samples.pop("image")
+        samples["output"] = network(normalise(images.to(device))).float().cpu().unflatten(0, images.shape[:2])
+        parts.append(samples)
+    network.train(training)
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def scores(predicted: dict) -> dict[str, float]:
+    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints; of what `predict` returns."""
+    output, target, visible = (predicted[key].flatten(0, 1) for key in ("output", "target", "visible"))
+    hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
+    return {
+        "accuracy": accuracy(output, target),
+        "pck": pck(output, target),
+        "pck_visible": pck(output, seen),
+        "pck_occluded": pck(output, hidden),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []

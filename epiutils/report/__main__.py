@@ -1,0 +1,5 @@
+import sys
+
+from epiutils.report.run import main
+
+sys.exit(main())

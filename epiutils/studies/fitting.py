@@ -1,0 +1,125 @@
+"""How fusion modules learn: from pairs or from all views of an instant, on heatmaps or through the backbone."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from epiutils.data.dataset import MultiView
+from epiutils.heatmaps import hit_loss, joints_mse, position_cross_entropy
+from epiutils.networks.hrnet import normalise
+
+PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of four views
+
+
+class HeatmapPairs(torch.utils.data.Dataset):
+    """All ordered pairs of views of what `predict` gives: source, reference, target, weight and F of each.
+
+    Sample 12 n + k is pair `PAIRS[k]` of scene n.
+    """
+
+    def __init__(self, predicted: dict[str, Tensor]):
+        self.predicted = predicted
+
+    def __len__(self) -> int:
+        return len(PAIRS) * len(self.predicted["output"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene, (s, r) = index // len(PAIRS), PAIRS[index % len(PAIRS)]
+        maps = {"source": self.predicted["output"][scene, s], "reference": self.predicted["output"][scene, r]}
+        truth = {key: self.predicted[key][scene, r] for key in ("target", "weight")}
+        return maps | truth | {"F": self.predicted["F"][scene, s, r]}
+
+
+class HeatmapScenes(torch.utils.data.Dataset):
+    """All views of an instant together, of what `predict` gives: heatmaps, target, weight and F of each instant."""
+
+    def __init__(self, predicted: dict[str, Tensor]):
+        self.predicted = predicted
+
+    def __len__(self) -> int:
+        return len(self.predicted["output"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        truth = {key: self.predicted[key][index] for key in ("target", "weight", "F")}
+        return {"heatmaps": self.predicted["output"][index]} | truth
+
+
+class PicturePairs(torch.utils.data.Dataset):
+    """The same pairs as pictures: source and reference (H, W, 3) uint8, for a backbone that trains."""
+
+    def __init__(self, data: MultiView):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(PAIRS) * len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
+        sample, (s, r) = self.data.sample(index // len(PAIRS), epoch), PAIRS[index % len(PAIRS)]
+        pictures = {"source": sample["image"][s], "reference": sample["image"][r]}
+        return pictures | {"target": sample["target"][r], "weight": sample["weight"][r], "F": sample["F"][s, r]}
+
+
+class FusedNetwork(nn.Module):
+    """A backbone and a fusion module: pictures become heatmaps, and these fused ones.
+
+    frozen_statistics: batch normalisation keeps its running statistics, and uses them, also in training mode.
+    """
+
+    def __init__(self, network: nn.Module, fusion: nn.Module, frozen_statistics: bool = False):
+        super().__init__()
+        self.network, self.fusion, self.frozen_statistics = network, fusion, frozen_statistics
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        super().train(mode)
+        for module in self.network.modules() if self.frozen_statistics else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, source: Tensor, reference: Tensor, F: Tensor) -> Tensor:
+        """One fused heatmap a joint from the two pictures of each pair."""
+        maps = self.network(normalise(torch.cat([source, reference])))
+        return self.fusion(*maps.chunk(2), F)
+
+    def all_views(self, images: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's heatmaps of all views, and those fused with each other: images (B, V, …) → (B, V, J, h, w)."""
+        maps = self.network(normalise(images)).unflatten(0, images.shape[:2])
+        return maps, self.fusion.all_views(maps, F)
+
+
+def fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """HRNet's loss of the fused heatmaps, for `training.train`; the module takes heatmaps, or pictures."""
+    return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
+
+
+def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """Of all views fused with each other: how improbable the right places are, `heatmaps.hit_loss`, for `train`.
+
+    module: has `all_views` and `sharpness`, as `RepairedFusion`, and a batch of `HeatmapScenes`.
+    """
+    fused = module.all_views(batch["heatmaps"], batch["F"])
+    return hit_loss(module.sharpness * fused, batch["target"], batch["weight"])
+
+
+def free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+    """`views_loss` through the backbone, and HRNet's own losses on its unfused heatmaps beside it; of `MultiView`."""
+    maps, fused = model.all_views(batch["image"], batch["F"])
+    truth = batch["target"], batch["weight"]
+    alone = 100 * joints_mse(maps, *truth) + 0.25 * position_cross_entropy(maps, *truth)
+    return hit_loss(model.fusion.sharpness * fused, *truth) + alone
+
+
+def watch(module: nn.Module) -> dict[str, float]:
+    """The nine weights w0 … w8 and their gradients g0 … g8, row by row, as columns for `training.train`.
+
+    module: an `OriginalFusion` or a `SimpleFusion`, or a `FusedNetwork` of one, after a backward pass.
+    """
+    weight = next(p for p in module.parameters() if p.numel() == 9 and p.shape[-2:] == (3, 3))
+    columns = {f"w{k}": v for k, v in enumerate(weight.detach().flatten().tolist())}
+    return columns | {f"g{k}": v for k, v in enumerate(weight.grad.flatten().tolist())}
