@@ -26,7 +26,7 @@ from torch import Tensor
 
 from epiutils.cameras import Camera
 from epiutils.data.calibration import read_calib
-from epiutils.data.views import View, heatmap_fundamentals
+from epiutils.data.views import Predicted, View, heatmap_fundamentals
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 
@@ -139,14 +139,12 @@ def heatmaps(view: View | tuple, shape: tuple[int, int] = (64, 64), sigma: float
     return render(joints @ A[:2, :2].T + A[:2, 2], shape, sigma, torch.as_tensor(confidence))
 
 
-def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Detections in the form of `training.predict`, so that fusion modules take them as they take a network's heatmaps.
+def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> tuple[Predicted, np.ndarray]:
+    """Detections as `Predicted`, so that fusion modules take them as they take a network's heatmaps.
 
     frames: numbers of `recording.frames`, all by default; those that lack a person in a view are left out.  Each view
-    is cropped as by `Recording.views`, but no picture is read.  Returns output (N, V, J, 64, 64), the `heatmaps` of the
-    detections; joints (N, V, J, 2) px of the crops; K, R (N, V, 3, 3) and t (N, V, 3) of their cameras;
-    F (N, V, V, 3, 3) between heatmaps, zeros from a view to itself; index (N,) of the instants in
-    `recording.detections`.
+    is cropped as by `Recording.views`, but no picture is read.  Returns the `heatmaps` of the detections, 64×64, with
+    the crops' cameras and joints; and index (N,) of the instants in `recording.detections`.
     """
     wanted = recording.frames if frames is None else np.asarray(frames)
     known = np.isfinite(recording.detections[..., :2]).all(-1).sum(-1) > 1  # (V, T): enough to place a crop
@@ -166,9 +164,7 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> d
         sample = {"output": torch.stack([heatmaps(view) for view in views]).float(), "F": torch.from_numpy(F)}
         sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))
         samples.append(sample | {k: torch.from_numpy(np.stack([getattr(v.camera, k) for v in views])) for k in "KRt"})
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]} | {
-        "index": torch.from_numpy(index)
-    }
+    return Predicted(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}), index
 
 
 def realigned(recording: Recording, frames: Sequence[int] | None = None) -> tuple[Recording, np.ndarray]:

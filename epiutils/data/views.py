@@ -1,13 +1,15 @@
-"""Views: a picture, its camera and the joints in it; and the geometry between the heatmaps of several."""
+"""Views: a picture, its camera and the joints in it; what is seen in several; and the geometry between their heatmaps."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
 from epiutils.cameras import Camera, crop_affine
 from epiutils.epipolar import fundamental_from_cameras, transfer
@@ -68,6 +70,52 @@ class View:
             camera=camera,
             joints=self.camera.undistort(self.joints),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """What a network, or a detector, sees in V views of each of N instants, and what is known to be true there.
+
+    output: (N, V, J, H, W) heatmaps.  F: (N, V, V, 3, 3) in heatmap px, F[:, s, r] from view s to view r, zeros where
+    s = r.  K, R: (N, V, 3, 3) and t: (N, V, 3), in metres, of the network's inputs.  joints: (N, V, J, 2) px of the
+    inputs, the true ones of a dataset or the detections of a recording.  What only a dataset knows is else None:
+    target: (N, V, J, H, W) and weight: (N, V, J), HRNet's; visible: (N, V, J) bool, in the picture and not hidden;
+    joints_3d: (N, J, 3) metres in the world.
+
+    `predicted[::4]` is of some instants, `predicted.of_views([0, 2])` of some views.
+    """
+
+    output: Tensor
+    F: Tensor
+    K: Tensor
+    R: Tensor
+    t: Tensor
+    joints: Tensor
+    target: Tensor | None = None
+    weight: Tensor | None = None
+    visible: Tensor | None = None
+    joints_3d: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def __getitem__(self, instants: slice | Sequence[int] | np.ndarray) -> Predicted:
+        return self._each(lambda name, values: values[instants])
+
+    def of_views(self, views: Sequence[int]) -> Predicted:
+        """Those views alone, in that order."""
+        views = list(views)
+        both = {"F": lambda F: F[:, views][:, :, views], "joints_3d": lambda X: X}
+        return self._each(lambda name, values: both.get(name, lambda values: values[:, views])(values))
+
+    @property
+    def P(self) -> Tensor:
+        """Projection matrices P = K [R | t] of the inputs (H&Z 6.8): (N, V, 3, 4)."""
+        return self.K @ torch.cat([self.R, self.t[..., None]], -1)
+
+    def _each(self, change) -> Predicted:
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Predicted(**{name: None if values is None else change(name, values) for name, values in known.items()})
 
 
 def heatmap_fundamentals(cameras: Sequence[Camera]) -> np.ndarray:

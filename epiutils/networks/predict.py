@@ -10,15 +10,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from epiutils.data.dataset import MultiView
+from epiutils.data.views import Predicted
 from epiutils.heatmaps import accuracy, pck
 from epiutils.networks.hrnet import normalise
 
 
 @torch.no_grad()
-def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 0, progress: bool = False) -> dict:
+def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 0, progress: bool = False) -> Predicted:
     """Heatmaps of a whole dataset by a network in evaluation mode, and all of its samples but the pictures.
 
-    Returns output (N, V, J, h, w) float32 and the stacked tensors of `MultiView`'s samples, on the CPU.
+    The heatmaps are float32, everything on the CPU.
     """
     device, training = next(network.parameters()).device, network.training
     network.eval()
@@ -31,12 +32,12 @@ def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 
         samples["output"] = network(normalise(images.to(device))).float().cpu().unflatten(0, images.shape[:2])
         parts.append(samples)
     network.train(training)
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return Predicted(**{key: torch.cat([part[key] for part in parts]) for key in parts[0]})
 
 
-def scores(predicted: dict) -> dict[str, float]:
-    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints; of what `predict` returns."""
-    output, target, visible = (predicted[key].flatten(0, 1) for key in ("output", "target", "visible"))
+def scores(predicted: Predicted) -> dict[str, float]:
+    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints."""
+    output, target, visible = (a.flatten(0, 1) for a in (predicted.output, predicted.target, predicted.visible))
     hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
     return {
         "accuracy": accuracy(output, target),

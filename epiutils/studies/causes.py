@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from epiutils.cameras import Camera
+from epiutils.data.views import Predicted
 from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
-from epiutils.metrics import bootstrap, found, joint_mean
+from epiutils.metrics import found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
 from epiutils.studies.fitting import PAIRS
@@ -44,17 +45,17 @@ def all_pairs(scenes: Sequence[int]) -> np.ndarray:
 
 
 class Pairs:
-    """Chosen pairs of views of what `training.predict` gives: their ridges, and quick scores of fusing them.
+    """Chosen pairs of views: their ridges, and quick scores of fusing them.
 
     chosen: (N, K, 3), K pairs (scene, source, reference) of each of N scenes.  F: (4, 4, 3, 3) for all scenes, in the
     place of each scene's own.  maps: "output", the network's heatmaps, or "target", perfect ones.
     """
 
-    def __init__(self, predicted: dict[str, Tensor], chosen: np.ndarray, F: Tensor | None = None, maps: str = "output"):
+    def __init__(self, predicted: Predicted, chosen: np.ndarray, F: Tensor | None = None, maps: str = "output"):
         self.predicted, self.chosen, self.maps = predicted, np.asarray(chosen), maps
         n, s, r = self._index = torch.from_numpy(self.chosen.reshape(-1, 3).T.copy())
-        self.F = predicted["F"][n, s, r] if F is None else F[s, r]  # (N · K, 3, 3)
-        self.shape = tuple(predicted["output"].shape[-2:])
+        self.F = predicted.F[n, s, r] if F is None else F[s, r]  # (N · K, 3, 3)
+        self.shape = tuple(predicted.output.shape[-2:])
         self._pencils: dict[float, list[Pencil]] = {}
         self._ridges: dict[tuple, Tensor] = {}
 
@@ -64,12 +65,12 @@ class Pairs:
     def at_source(self, key: str) -> Tensor:
         """An entry of `predicted` at the source view of each pair: (N · K, …)."""
         n, s, _ = self._index
-        return self.predicted[key][n, s]
+        return getattr(self.predicted, key)[n, s]
 
     def at_reference(self, key: str) -> Tensor:
         """An entry of `predicted` at the reference view of each pair: (N · K, …)."""
         n, _, r = self._index
-        return self.predicted[key][n, r]
+        return getattr(self.predicted, key)[n, r]
 
     @cached_property
     def source(self) -> Tensor:
@@ -119,30 +120,26 @@ class Pairs:
         maps = torch.add(self.reference[which], ridges.to(self.reference.dtype), alpha=gain)
         return maps.sigmoid_() if sigmoid else maps
 
-    def rescore(
-        self, gain: float, threshold: float = 1.0, collect: str = "sum", sigmoid: bool = False, chunk: int = 16
-    ) -> np.ndarray:
-        """Which joints are found in the `fused` maps of all pairs: (N, K, J).
-
-        A few pairs at a time: maps that stay in the processor's cache are scored several times faster.
-        """
-        parts = [slice(first, first + chunk) for first in range(0, len(self), chunk)]
-        right = [found(self.fused(gain, threshold, collect, sigmoid, part), self.target[part]) for part in parts]
-        return np.concatenate(right).reshape(*self.chosen.shape[:2], -1)
-
     def alone(self) -> np.ndarray:
         """Which joints are found in the reference views alone: (N, K, J)."""
         return found(self.reference, self.target).reshape(*self.chosen.shape[:2], -1)
 
     @torch.no_grad()
     def score(
-        self, weights: Tensor, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False
-    ) -> np.ndarray:
+        self, weights: Tensor | float, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False,
+        collect: str = "sum",
+    ) -> np.ndarray:  # fmt: skip
         """Which joints the original module finds with each of S kernels: (S, N, K, J), see `metrics.found`.
 
         weights: (S, 3, 3), or (S, 9); or (S, J, 3, 3), a kernel for each joint.  per_band: see `NormalEquations.of`.
+        A number is the gain of a single weight in the middle: (N, K, J), from `ridges` that are kept, so that the next
+        gain takes one multiplication and one arg-max a map.  collect: of `ridges`, for a gain.
         """
-        output, target = self.predicted[self.maps], self.predicted["target"]
+        if isinstance(weights, float | int):
+            chunks = [slice(first, first + 16) for first in range(0, len(self), 16)]  # stay in the processor's cache
+            right = [found(self.fused(weights, threshold, collect, sigmoid, c), self.target[c]) for c in chunks]
+            return np.concatenate(right).reshape(*self.chosen.shape[:2], -1)
+        output, target = getattr(self.predicted, self.maps), self.predicted.target
         joints = output.shape[2]
         kernels = torch.as_tensor(weights, dtype=output.dtype).reshape(len(weights), -1, 3, 3)  # (S, 1 or J, 3, 3)
         kernels = kernels.expand(-1, joints, 3, 3).transpose(0, 1).reshape(-1, 1, 3, 3)  # (J · S, 1, 3, 3)
@@ -184,7 +181,7 @@ class NormalEquations:
         per_band: what a band counts for, however many pixels it holds, by default as many as it holds: with 1 the
         ridge is a mean along the line, with the usual number of pixels its height stays and only its unevenness goes.
         """
-        maps, target, weight = (pairs.predicted[key] for key in (pairs.maps, "target", "weight"))
+        maps, target, weight = (getattr(pairs.predicted, key) for key in (pairs.maps, "target", "weight"))
         products = torch.empty(len(pairs), maps.shape[2], 10, 10, dtype=torch.float64)
         for k, ((n, s, r), F) in enumerate(zip(pairs._index.T, pairs.F, strict=True)):
             pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
@@ -321,17 +318,3 @@ def two_by_two(source: np.ndarray, reference: np.ndarray, fused: np.ndarray) -> 
     counts = np.array([[cell.sum() for cell in row] for row in cells])
     right = np.array([[fused[cell].sum() for cell in row] for row in cells])
     return counts, np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
-
-
-def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The difference of two methods' accuracies on the same scenes, and its paired 95 % interval.
-
-    values, against: found (N, K, J), or (S, N, K, J) of S seeds: then their mean.
-    """
-    values, against = (_over_seeds(v) for v in (values, against))
-    return joint_mean(values) - joint_mean(against), bootstrap(values, against)
-
-
-def _over_seeds(values: np.ndarray) -> np.ndarray:
-    """found (S, N, K, J) → (N, K, J)."""
-    return values.mean(0) if values.ndim == 4 else values

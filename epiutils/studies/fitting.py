@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epiutils.data.dataset import MultiView
+from epiutils.data.views import Predicted
 from epiutils.heatmaps import hit_loss, joints_mse, position_cross_entropy
 from epiutils.networks.hrnet import normalise
 
@@ -15,36 +16,37 @@ PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of fou
 
 
 class HeatmapPairs(torch.utils.data.Dataset):
-    """All ordered pairs of views of what `predict` gives: source, reference, target, weight and F of each.
+    """All ordered pairs of views: source, reference, target, weight and F of each.
 
     Sample 12 n + k is pair `PAIRS[k]` of scene n.
     """
 
-    def __init__(self, predicted: dict[str, Tensor]):
+    def __init__(self, predicted: Predicted):
         self.predicted = predicted
 
     def __len__(self) -> int:
-        return len(PAIRS) * len(self.predicted["output"])
+        return len(PAIRS) * len(self.predicted)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene, (s, r) = index // len(PAIRS), PAIRS[index % len(PAIRS)]
-        maps = {"source": self.predicted["output"][scene, s], "reference": self.predicted["output"][scene, r]}
-        truth = {key: self.predicted[key][scene, r] for key in ("target", "weight")}
-        return maps | truth | {"F": self.predicted["F"][scene, s, r]}
+        seen = self.predicted
+        maps = {"source": seen.output[scene, s], "reference": seen.output[scene, r], "F": seen.F[scene, s, r]}
+        return maps | {"target": seen.target[scene, r], "weight": seen.weight[scene, r]}
 
 
 class HeatmapScenes(torch.utils.data.Dataset):
-    """All views of an instant together, of what `predict` gives: heatmaps, target, weight and F of each instant."""
+    """All views of an instant together: heatmaps, target, weight and F of each instant."""
 
-    def __init__(self, predicted: dict[str, Tensor]):
+    def __init__(self, predicted: Predicted):
         self.predicted = predicted
 
     def __len__(self) -> int:
-        return len(self.predicted["output"])
+        return len(self.predicted)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        truth = {key: self.predicted[key][index] for key in ("target", "weight", "F")}
-        return {"heatmaps": self.predicted["output"][index]} | truth
+        seen = self.predicted
+        maps = {"heatmaps": seen.output[index], "F": seen.F[index]}
+        return maps | {"target": seen.target[index], "weight": seen.weight[index]}
 
 
 class PicturePairs(torch.utils.data.Dataset):

@@ -17,43 +17,47 @@ from torch import Tensor
 from epiutils.cameras import Camera
 from epiutils.data import people
 from epiutils.data.dataset import Instant
-from epiutils.data.views import View
+from epiutils.data.views import Predicted, View
 from epiutils.epipolar import transfer
-from epiutils.fusion import RepairedFusion
+from epiutils.fusion import RepairedFusion, view_pairs
 from epiutils.heatmaps import STRIDE
 from epiutils.metrics import found
+from epiutils.redirect import Pencil
+from epiutils.studies.predicted import found_by
 
 FOCAL = 1145.0  # px, of the uncropped pictures of the embedded rig and of Human3.6M's
 
 
-def shifted(predicted: dict[str, Tensor], px: float, seed: int = 0) -> dict[str, Tensor]:
+def shifted(predicted: Predicted, px: float, seed: int = 0) -> Predicted:
     """The same heatmaps with a calibration that is off: each camera's picture moved by `px` in a random direction.
 
     px: of the uncropped picture, of focal length `FOCAL`, as a camera that was turned a little or its principal point
     moved.  F[s, r] becomes that of the moved pictures; nothing else changes.
     """
     rng = np.random.default_rng(seed)
-    angle = rng.uniform(0, 2 * np.pi, predicted["K"].shape[:2])  # (N, V)
-    scale = predicted["K"][..., 0, :2].norm(dim=-1).numpy() / FOCAL / STRIDE  # heatmap px a px
-    A = torch.eye(3, dtype=predicted["F"].dtype).repeat(*angle.shape, 1, 1)
+    angle = rng.uniform(0, 2 * np.pi, predicted.K.shape[:2])  # (N, V)
+    scale = predicted.K[..., 0, :2].norm(dim=-1).numpy() / FOCAL / STRIDE  # heatmap px a px
+    A = torch.eye(3, dtype=predicted.F.dtype).repeat(*angle.shape, 1, 1)
     A[..., 0, 2], A[..., 1, 2] = (torch.from_numpy(px * scale * f(angle)) for f in (np.cos, np.sin))
-    return predicted | {"F": transfer(predicted["F"], A[:, :, None], A[:, None])}
+    return replace(predicted, F=transfer(predicted.F, A[:, :, None], A[:, None]))
 
 
 @torch.no_grad()
-def by_views(module: RepairedFusion, predicted: dict[str, Tensor], views: int) -> np.ndarray:
-    """Which joints are found where only so many views are fused: found (N, C, J), C a view of a subset of the cameras.
+def by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.ndarray:
+    """Which joints are found where only so many views are present: found (N, C, J), C a view of a subset of them.
 
-    All subsets of the cameras take part.
+    All subsets of the views take part, in order.
     """
-    output, F = predicted["output"], predicted["F"]
-    right = []
-    for chosen in map(list, combinations(range(output.shape[1]), views)):
-        fused = [
-            module.all_views(h[None, chosen], f[None, chosen][:, :, chosen])[0] for h, f in zip(output, F, strict=True)
-        ]
-        right.append(np.stack([found(m, t[chosen]) for m, t in zip(fused, predicted["target"], strict=True)]))
-    return np.concatenate(right, 1)
+    shape, right = tuple(predicted.output.shape[-2:]), []
+    subsets = [list(chosen) for chosen in combinations(range(predicted.output.shape[1]), views)]
+    for h, F, target in zip(predicted.output, predicted.F, predicted.target, strict=True):
+        pencil = Pencil.from_fundamental(view_pairs(F[None]), shape, module.threshold)  # one for all subsets
+        for chosen in subsets:
+            present = torch.zeros(1, len(h), dtype=torch.bool)
+            present[0, chosen] = True
+            fused = module.all_views(h[None], pencil, present)[0]
+            right.append(found(fused[chosen], target[chosen]))
+    return np.concatenate(right).reshape(len(predicted), -1, predicted.output.shape[2])
 
 
 def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
@@ -120,15 +124,15 @@ def fused_with(module: RepairedFusion, sources: Tensor, output: Tensor, F: Tenso
 
 
 @torch.no_grad()
-def bounds(module: RepairedFusion, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def bounds(module: RepairedFusion, predicted: Predicted) -> dict[str, np.ndarray]:
     """Which joints the module finds with oracles, found (N, V, J) each: what bounds it on these heatmaps.
 
     "right sources only": a source whose own peak is wrong says nothing.  "perfect sources": every source is its
     target.  "any view": joints that at least one view finds by itself, "two views": at least two; no fusion of
     peaks can find more without a second thought in the maps.
     """
-    output, target, F = (predicted[key] for key in ("output", "target", "F"))
-    alone = np.stack([found(h, t) for h, t in zip(output, target, strict=True)])  # (N, V, J)
+    output, target, F = predicted.output, predicted.target, predicted.F
+    alone = found_by(None, predicted)  # (N, V, J)
     made = {"right sources only": [], "perfect sources": []}
     for h, t, f in zip(output, target, F, strict=True):
         for name, sources in (("right sources only", silenced(h, t)), ("perfect sources", t)):

@@ -1,4 +1,4 @@
-"""What the notebooks' experiments share: heatmaps computed once, pairs and sets of views, modules trained and scored.
+"""What the notebooks' experiments share: heatmaps computed once, and what becomes of them, fused and triangulated.
 
 A frozen backbone gives the same heatmaps at every iteration: they are computed once a checkpoint and split, kept in
 the cache, and the nine weights train on them a hundred times faster than through the network.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from epiutils.data.dataset import CACHE, Benchmark, MultiView
 from epiutils.data.files import replacing
 from epiutils.data.human36m import Human36M
-from epiutils.heatmaps import hrnet_targets
+from epiutils.data.views import Predicted
+from epiutils.heatmaps import STRIDE, decode, hrnet_targets, probabilities
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.networks.hrnet import load_checkpoint
 from epiutils.networks.predict import predict
 from epiutils.studies.fitting import PicturePairs
+from epiutils.triangulate import triangulate, triangulate_robust
 
 CHECKPOINTS = {
     point: Path(__file__).resolve().parents[2] / "data" / "checkpoints" / f"{point}.safetensors"
@@ -46,11 +48,11 @@ def choose(scenes: Sequence, wanted: int | slice = slice(None)) -> range:
 
 def heatmaps_once(
     point: str, split: str = "test", scenes: int | slice = slice(None), progress: bool = True, dataset: str = ""
-) -> dict[str, Tensor]:
-    """What the backbone of an operating point sees in a split: `training.predict`, kept in the cache.
+) -> Predicted:
+    """What the backbone of an operating point sees in a split: `networks.predict`, kept in the cache.
 
     point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
-    scenes: see `choose`.  The maps, `output` (N, V, J, 64, 64), are kept in half precision and given in single.
+    scenes: see `choose`.  The maps are kept in half precision and given in single.
     Another checkpoint, renderer, dataset or choice of instants has a file of its own.
     """
     checkpoint, data = Path(CHECKPOINTS.get(point, point)), open_split(split, dataset)
@@ -66,66 +68,86 @@ def heatmaps_once(
             data.prepare(progress=progress, only=chosen)
         views = MultiView(torch.utils.data.Subset(data, chosen))
         predicted = predict(load_checkpoint(checkpoint), views, workers=1, progress=progress)
-        kept = predicted | {"output": predicted["output"].half()}
-        del kept["target"]
+        kept = vars(predicted) | {"output": predicted.output.half()}
+        del kept["target"]  # soon made of the joints
         with replacing(path) as part:
             torch.save(kept, part)
-    predicted = torch.load(path, weights_only=True)
-    output = predicted["output"].float()
-    target, _ = hrnet_targets(predicted["joints"], output.shape[-2:])
-    return predicted | {"output": output, "target": target}
+    kept = torch.load(path, weights_only=True)
+    target, _ = hrnet_targets(kept["joints"], kept["output"].shape[-2:])
+    return Predicted(**kept | {"output": kept["output"].float(), "target": target})
 
 
 @torch.no_grad()
-def score(
-    fuse: Callable[[Tensor, Tensor, Tensor], Tensor] | None, predicted: dict[str, Tensor], sources: int = 3
-) -> dict[str, np.ndarray]:
-    """Which joints are found in every reference view, fused with each of its first `sources` others in turn.
-
-    fuse(source, reference, F): the fused heatmaps; None: the reference view alone.
-    Returns found (N, 4, sources, J), see `metrics.found`, and visible of the same shape.
-    """
-    output, target, F = (predicted[key] for key in ("output", "target", "F"))
-    r = torch.arange(4).repeat_interleave(sources)  # (4 · sources,) reference views, and their sources
-    s = (r + torch.arange(1, sources + 1).repeat(4)) % 4
-    right = []
-    for n in range(len(output)):
-        reference = output[n, r]  # (4 · sources, J, 64, 64)
-        fused = reference if fuse is None else fuse(output[n, s], reference, F[n, s, r])
-        right.append(found(fused, target[n, r]))
-    right = np.stack(right).reshape(len(output), 4, sources, -1)
-    visible = predicted["visible"].numpy()[:, :, None].repeat(sources, 2)
-    return {"found": right, "visible": visible}
-
-
-@torch.no_grad()
-def fuse_views(module: nn.Module | None, predicted: dict[str, Tensor], chosen: Sequence[int] | None = None) -> Iterator:
-    """Every chosen instant's heatmaps (V, J, H, W), all views fused with each other by `module.all_views`, in order.
+def fuse_views(module: nn.Module | None, predicted: Predicted) -> Iterator[Tensor]:
+    """Every instant's heatmaps (V, J, H, W) in order, all views fused with each other by `module.all_views`.
 
     module: None for the heatmaps alone.
     """
-    output, F = predicted["output"], predicted["F"]
-    for n in range(len(output)) if chosen is None else chosen:
-        yield output[n] if module is None else module.all_views(output[n : n + 1], F[n : n + 1])[0]
+    for output, F in zip(predicted.output, predicted.F, strict=True):
+        yield output if module is None else module.all_views(output[None], F[None])[0]
 
 
-def score_views(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Which joints are found where all views are fused with each other: found and visible (N, V, J)."""
-    right = [
-        found(maps, target) for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True)
-    ]
-    return {"found": np.stack(right), "visible": predicted["visible"].numpy()}
+def found_by(module: nn.Module | None, predicted: Predicted) -> np.ndarray:
+    """Which joints are found where a module fuses all views with each other, see `metrics.found`: (N, V, J)."""
+    return np.stack([found(m, t) for m, t in zip(fuse_views(module, predicted), predicted.target, strict=True)])
 
 
-def summary(scored: dict[str, np.ndarray]) -> dict[str, float | tuple[float, float]]:
-    """Of what `score` returns: HRNet's accuracy, its 95 % interval over scenes, and that of visible and hidden joints."""
-    values, visible = scored["found"], scored["visible"]
+def peaks(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What the views of one instant believe of each joint, from heatmaps (V, J, H, W), refined by DARK.
+
+    Returns where, (J, V, 2) px of the network's input, and how high the peaks are, (J, V).
+    """
+    points, heights = decode(maps, "dark")
+    return STRIDE * points.double().transpose(0, 1).numpy(), heights.double().T.numpy()
+
+
+def triangulated(
+    module: nn.Module | None, predicted: Predicted, threshold: float = 12.8
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Where the views, fused by a module, see the joints, and where these are in space by each way to triangulate.
+
+    Maps of a module with a `sharpness` are logarithms of probabilities: softmax(β maps) is decoded.
+    threshold: of `triangulate_robust`, px of the network's input.
+    Returns pixels (N, J, V, 2) of the network's input, and points (N, J, 3) in metres: "DLT", views alike;
+    "weighted" and "robust", by the heights of their peaks.
+    """
+    each = []
+    for maps in fuse_views(module, predicted):
+        sharpness = getattr(module, "sharpness", None)
+        each.append(peaks(maps if sharpness is None else probabilities(maps, sharpness.detach())))
+    x, heights = (np.stack(parts) for parts in zip(*each, strict=True))
+    P = predicted.P.double().numpy()[:, None]  # (N, 1, V, 3, 4)
+    seen = (heights > 0).astype(float)  # a detection that is missing has an empty map
+    points = {"DLT": triangulate(x, P, seen), "weighted": triangulate(x, P, heights)}
+    return x, points | {"robust": triangulate_robust(x, P, heights, threshold)[0]}
+
+
+def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | tuple[float, float]]:
+    """HRNet's accuracy, its 95 % interval over instants, and that of visible and of hidden joints.
+
+    right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean.  visible: (N, V, J).
+    """
+    right, visible = _over_seeds(right), np.asarray(visible)
     return {
-        "accuracy": joint_mean(values),
-        "accuracy_ci": bootstrap(values),
-        "accuracy_visible": joint_mean(np.where(visible, values, np.nan)),
-        "accuracy_occluded": joint_mean(np.where(visible, np.nan, values)),
+        "accuracy": joint_mean(right),
+        "accuracy_ci": bootstrap(right),
+        "accuracy_visible": joint_mean(np.where(visible, right, np.nan)),
+        "accuracy_occluded": joint_mean(np.where(visible, np.nan, right)),
     }
+
+
+def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The difference of two methods' means on the same instants, and its paired 95 % interval.
+
+    values, against: (N, …, J), or (S, N, V, J) of S seeds: then their mean.
+    """
+    values, against = _over_seeds(values), _over_seeds(against)
+    return joint_mean(values) - joint_mean(against), bootstrap(values, against)
+
+
+def _over_seeds(values: np.ndarray) -> np.ndarray:
+    """(S, N, V, J) → (N, V, J)."""
+    return values.mean(0) if values.ndim == 4 else values
 
 
 def training_pictures(split: str = "train", scenes: int | slice = slice(None), dataset: str = "") -> PicturePairs:

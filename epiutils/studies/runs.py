@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
 from epiutils.data.files import replacing
+from epiutils.data.views import Predicted
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.heatmaps import STRIDE, decode, joints_mse, probabilities
-from epiutils.metrics import found, joint_mean, mpjpe
+from epiutils.heatmaps import joints_mse
+from epiutils.metrics import joint_mean, mpjpe
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint
 from epiutils.networks.loop import train
 from epiutils.networks.predict import device_name, predict
@@ -40,8 +41,7 @@ from epiutils.studies.fitting import (
     views_loss,
     watch,
 )
-from epiutils.studies.predicted import CHECKPOINTS, fuse_views, heatmaps_once, score_views, training_pictures
-from epiutils.triangulate import projection_matrices, triangulate, triangulate_robust
+from epiutils.studies.predicted import CHECKPOINTS, found_by, heatmaps_once, training_pictures, triangulated
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results"
@@ -102,7 +102,7 @@ FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hr
 FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
 
 
-def train_frozen(method: str, heatmaps: dict[str, Tensor], seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
+def train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
     """The module of a method, trained on the heatmaps of a frozen backbone, and its rows of `steps.csv`."""
     torch.manual_seed(seed)
     settings = {"weight_decay": 0, "seed": seed, "progress": False}
@@ -136,31 +136,16 @@ def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[F
                         lr=1e-3 if point == "original" else 5e-4, warmup=10, clip=1.0, **settings)[1]  # fmt: skip
 
 
-@torch.no_grad()
-def evaluate(module: nn.Module | None, predicted: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def evaluate(module: nn.Module | None, predicted: Predicted) -> dict[str, np.ndarray]:
     """Which joints are found in each view, and how far off they are in space, all views fused with each other.
 
     Returns found (N, V, J) of 1, 0 and nan, and the distances in mm (N, J) from the true joints to what plain
     triangulation gives, dlt_mm, and the robust one weighed by the heights of the peaks, robust_mm.
     """
-    P = projection_matrices(*(predicted[key].double() for key in ("K", "R", "t")))  # (N, V, 3, 4)
-    right, pixels, heights = [], [], []
-    for maps, target in zip(fuse_views(module, predicted), predicted["target"], strict=True):
-        right.append(found(maps, target))
-        if isinstance(module, RepairedFusion | rivals.Alone):  # their maps are logarithms of probabilities
-            maps = probabilities(maps, module.sharpness)
-        points, height = decode(maps, "dark")
-        pixels.append(STRIDE * points.double())
-        heights.append(height.double())
-    points, heights = (
-        torch.stack(pixels).transpose(1, 2),
-        torch.stack(heights).transpose(1, 2),
-    )  # (N, J, V, 2), (N, J, V)
-    P = P[:, None].expand(*heights.shape, 3, 4)
-    plain, robust = triangulate(points, P).numpy(), triangulate_robust(points.numpy(), P.numpy(), heights.numpy())[0]
-    true = predicted["joints_3d"].numpy()
-    off = {name: 1000 * mpjpe(X, true) for name, X in (("dlt_mm", plain), ("robust_mm", robust))}
-    return {"found": np.stack(right)} | off
+    _, points = triangulated(module, predicted)
+    true = predicted.joints_3d.numpy()
+    off = {f"{way.lower()}_mm": 1000 * mpjpe(points[way], true) for way in ("DLT", "robust")}
+    return {"found": found_by(module, predicted)} | off
 
 
 def quality(steps: int = 600, every: int = 50) -> dict:
@@ -175,8 +160,7 @@ def quality(steps: int = 600, every: int = 50) -> dict:
     def validate(network: nn.Module) -> dict[str, float]:
         seen = predict(network, judge)
         module, _ = train_frozen("repaired_frozen", predict(network, learn), 0, steps=60)
-        scores = {"alone": score_views(None, seen), "fused": score_views(module, seen)}
-        return {name: joint_mean(scored["found"]) for name, scored in scores.items()}
+        return {"alone": joint_mean(found_by(None, seen)), "fused": joint_mean(found_by(module, seen))}
 
     torch.manual_seed(0)
     network = PoseHRNet(**SLIM).train().to(memory_format=torch.channels_last)
@@ -237,6 +221,14 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
                 values = np.minimum(values.astype(np.float64), FARTHEST)
             methods.setdefault(method, {})[key] = values
         return methods | {"meta": json.loads(str(stored["meta"]))}
+
+
+def measured(name: str) -> dict:
+    """What a script of benchmarks/ measured and stored, with its command and device: "fusion" or "throughput".
+
+    Raises FileNotFoundError where it has not.
+    """
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
 def stored_module(weights: np.ndarray) -> RepairedFusion:
