@@ -1,4 +1,4 @@
-"""Drawing: functions that take data and an Axes, draw, and return the Axes.
+"""Drawing: functions that take data and an Axes, draw, and return the Axes; and `table`, for numbers.
 
 Nothing here computes, shows or keeps state; `figure` makes figures without pyplot, for notebooks and explorers.
 Colours are Okabe and Ito's, distinct for colour-blind readers too.
@@ -6,8 +6,11 @@ Colours are Okabe and Ito's, distinct for colour-blind readers too.
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -263,7 +266,7 @@ def dots(ax: Axes, names: Sequence[str], series: dict, label: str) -> Axes:
     return ax
 
 
-def table(ax: Axes, values, rows: Sequence[str], columns: Sequence[str], texts, title: str = "") -> Axes:
+def shares(ax: Axes, values, rows: Sequence[str], columns: Sequence[str], texts, title: str = "") -> Axes:
     """A small table of shares from 0 to 1, the darker the higher, a text in each cell."""
     ax.imshow(np.nan_to_num(values), cmap="Blues", vmin=0, vmax=1.25)
     for (y, x), value in np.ndenumerate(np.asarray(values)):
@@ -292,3 +295,53 @@ def _duration(seconds: float) -> str:
     for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
         if seconds * factor >= 1 or unit == "µs":
             return f"{seconds * factor:.3g} {unit}"
+
+
+class _Table:
+    """Rows of texts, the header first, that a notebook shows as a table; `print` shows them aligned."""
+
+    def __init__(self, rows: list[list[str]]):
+        number, columns = re.compile(r"[+−-]?\d|[+−-]?inf|–$|$"), list(zip(*rows, strict=True))
+        self.rows = rows
+        self.widths = [max(map(len, column)) for column in columns]
+        self.sides = ["right" if all(map(number.match, column[1:])) else "left" for column in columns]
+
+    def __repr__(self) -> str:
+        lines = []
+        for row in self.rows:
+            cells = zip(row, self.widths, self.sides, strict=True)
+            lines.append("  ".join(cell.rjust(w) if side == "right" else cell.ljust(w) for cell, w, side in cells))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for kind, row in zip(["th"] + ["td"] * len(self.rows), self.rows, strict=False):
+            cells = zip(row, self.sides, strict=True)
+            cells = (f'<{kind} style="text-align: {side}">{html.escape(cell)}</{kind}>' for cell, side in cells)
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        return "\n".join(["<table>", *lines, "</table>"])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence], digits: int | Sequence[int] = 2) -> _Table:
+    """A table that a notebook shows where it ends a cell: `table(("pair", "px"), [("cam1 – cam2", 1.94)], digits=1)`.
+
+    rows: a value for each name of the header: texts as they are, whole numbers whole, other numbers with `digits`
+    decimals (one for all columns or one a column), yes or no for a bool; None and nan are –.  Columns of numbers stand
+    to the right.  The text and the HTML of the same values are the same in every run, so nbval compares them.
+    Raises ValueError for a row, or digits, of another length than the header.
+    """
+    digits, texts = [digits] * len(header) if isinstance(digits, int) else digits, [list(map(str, header))]
+    for row in rows:
+        if not len(row) == len(header) == len(digits):
+            raise ValueError(f"table: {len(header)} columns, but {len(digits)} digits and {len(row)} values: {row}")
+        texts.append([_cell(value, places) for value, places in zip(row, digits, strict=True)])
+    return _Table(texts)
+
+
+def _cell(value, digits: int) -> str:
+    value = value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+    return "–" if value is None or value != value else str(value)  # nan differs from itself

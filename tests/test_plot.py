@@ -1,7 +1,10 @@
 """Drawings show what they are given: where the artists lie, on floors, in rooms, from where they are seen."""
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
+import torch
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Path3DCollection
 from mpl_toolkits.mplot3d.proj3d import proj_transform
 
@@ -103,3 +106,31 @@ def test_a_line_runs_through_the_picture_from_edge_to_edge_at_its_distance():
         np.testing.assert_allclose(segment @ line[:2] + line[2], 0, atol=1e-9)
         assert np.linalg.norm(segment[1] - segment[0]) > 2 * np.hypot(*shape)
     assert ax.get_xlim() == (-0.5, 63.5) and ax.get_ylim() == (47.5, -0.5)
+
+
+# Tables
+
+
+def test_a_table_is_the_same_in_text_and_html_with_numbers_to_the_right():
+    rows = [("cam1 <a>", 1.96, 12, True), ("b", np.float32(-0.001), np.int64(3), np.True_), ("c", np.nan, None, False)]
+    made = plot.table(("pair", "off by (px)", "n", "near"), rows, digits=1)
+    assert repr(made).splitlines() == [
+        "pair      off by (px)   n  near",
+        "cam1 <a>          2.0  12  yes",
+        "b                 0.0   3  yes",
+        "c                   –   –  no",
+    ]
+    root = ElementTree.fromstring(made._repr_html_())
+    assert [[cell.text for cell in row] for row in root] == made.rows
+    assert [cell.get("style").split()[1] for cell in root[2]] == ["left", "right", "right", "left"]
+    assert {cell.tag for cell in root[0]} == {"th"} and {cell.tag for row in root[1:] for cell in row} == {"td"}
+
+
+def test_digits_are_one_for_all_columns_or_one_a_column_and_texts_stay():
+    row = (0.12344, torch.tensor(2.5), "+1.0 [0.8, 1.3]", -np.inf)
+    assert plot.table("abcd", [row]).rows[1] == ["0.12", "2.50", "+1.0 [0.8, 1.3]", "-inf"]
+    assert plot.table("abcd", [row], (4, 0, 0, 0)).rows[1][:2] == ["0.1234", "2"]
+    assert plot.table("ab", []).rows == [["a", "b"]] and repr(plot.table("ab", [])) == "a  b"
+    for digits, wrong in ((2, (1, 2)), ((1, 2), row)):
+        with pytest.raises(ValueError, match="4 columns, but . digits and . values"):
+            plot.table("abcd", [wrong], digits)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from epiutils.report import pages
 from epiutils.report import run as report
-from epiutils.report.record import record, record_figure
+from epiutils.report.record import record, record_all, record_figure
 
 FIRST = r"""# 01 · The first
 
@@ -111,6 +111,24 @@ def test_record_checks_and_leaves_no_trace_outside_a_report(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="03_fused"):
         record_figure("../a", Figure())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapping_is_recorded_entry_by_entry_without_what_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
+    inner = {"ci": (0.1, np.float64(0.2)), "broken": (0.1, math.nan), "n": 3}
+    values = {"accuracy": torch.tensor(0.5), "a b": inner, "gone": None, "worst": -np.inf, "name": "magsac", "ok": True}
+    assert record_all("run.one", values, {"accuracy": "share", "a b": {"n": "how many"}}) is None
+    found = json.loads((tmp_path / "records" / "script.json").read_text("utf-8"))["numbers"]
+    assert {name: entry["value"] for name, entry in found.items()} == {
+        "run.one.accuracy": 0.5, "run.one.a_b.ci": [0.1, 0.2], "run.one.a_b.n": 3, "run.one.name": "magsac",
+        "run.one.ok": True,
+    }  # fmt: skip
+    texts = {name: entry["text"] for name, entry in found.items() if entry["text"]}
+    assert texts == {"run.one.accuracy": "share", "run.one.a_b.n": "how many"}
+    with pytest.raises(ValueError, match=r"text for \['acuracy'\], but run has \['accuracy'\]"):
+        record_all("run", {"accuracy": 0.5}, {"acuracy": "share"})
+    with pytest.raises(ValueError, match="run.what must be finite numbers"):
+        record_all("run", {"what": object()})
 
 
 def test_recorded_figures_are_the_same_bytes_in_every_run(tmp_path, monkeypatch):

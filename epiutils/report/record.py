@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from epiutils.data.files import replacing
@@ -20,7 +21,8 @@ def record(name: str, value, text: str = "") -> None:
     """Hand a number to the report: `record("redirect.speedup_loop", 12345.6, "times faster than the loop")`.
 
     name: words joined by dots, the path in metrics.json.  value: a finite number, a bool or a string, numpy
-    and torch scalars too; or a tuple of numbers, such as an interval.  text: what the number is; with one, it is listed among the key numbers.
+    and torch scalars too; or a tuple of numbers, such as an interval.  text: what the number is; with one, it is
+    listed among the key numbers.
     Returns nothing, so that it may end a cell; outside a report it only checks.  Raises ValueError for a name
     or value that cannot be recorded, or a name that is a group of others.
     """
@@ -28,6 +30,28 @@ def record(name: str, value, text: str = "") -> None:
         raise ValueError(f'record: a name is words joined by dots, like "redirect.speedup", got {name!r}')
     plain = [_plain(name, v) for v in value] if isinstance(value, tuple | list) else _plain(name, value)
     _hand_over("numbers", name, {"value": plain, "text": text})
+
+
+def record_all(prefix: str, values: Mapping, text: Mapping | None = None) -> None:
+    """Record every entry of a mapping as `prefix.key`: `record_all("training.hrnet", {"accuracy": 0.46})`.
+
+    values: by key, as `record` takes them, or mappings again: `prefix.key.inner`.  A space in a key becomes _.  What
+    is None, nan or infinite, or holds such, is left out.  text: for chosen keys what the number is.
+    Raises ValueError as `record` does, and for a text of a key that `values` lacks.
+    """
+    if unknown := set(text or {}) - set(values):
+        raise ValueError(f"record_all: text for {sorted(unknown)}, but {prefix} has {list(values)}")
+    for key, value in values.items():
+        name, said = f"{prefix}.{key}".replace(" ", "_"), (text or {}).get(key, "")
+        if isinstance(value, Mapping):
+            record_all(name, value, said or None)
+        elif not any(map(_unknown, value if isinstance(value, tuple | list) else [value])):
+            record(name, value, said)
+
+
+def _unknown(value) -> bool:
+    value = value.item() if hasattr(value, "item") else value
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _plain(name: str, value) -> float | int | bool | str:
