@@ -167,35 +167,34 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> t
     return Predicted(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}), index
 
 
-def realigned(recording: Recording, frames: Sequence[int] | None = None) -> tuple[Recording, np.ndarray]:
-    """The recording, the picture of each camera shifted so that detections lie closest to each other's epipolar lines.
+def realigned(cameras: Sequence[Camera], detections: np.ndarray) -> tuple[list[Camera], np.ndarray]:
+    """The cameras, the picture of each shifted so that detections lie closest to each other's epipolar lines.
 
     A shift stands for a camera that was turned a little after its calibration.  The shifts minimise Sampson distances
     in 5 px under a soft L1 loss; a pull towards zero, in 10 px, settles what lines cannot see, such as a shift of all
     pictures together.  The shift is found after undistortion and given to the principal point; with a lens that bends
-    much, the two differ by some percent.  frames: numbers of `recording.frames` to look at, all by default.
-    Returns the recording and the shifts (V, 2) px in x and y.
+    much, the two differ by some percent.
+    detections: (V, T, J, 2 or more) px as recorded, nan where undetected, as `Recording.detections[:, frames]`.
+    Returns the V cameras and the shifts (V, 2) px in x and y.
     Raises ValueError if no two cameras have a joint in the same frame.
     """
-    chosen = slice(None) if frames is None else np.isin(recording.frames, frames)
-    cameras = [camera.without_distortion() for camera in recording.cameras]
-    detections = recording.detections[:, chosen, :, :2]
-    xy = [camera.undistort(d).reshape(-1, 2) for camera, d in zip(recording.cameras, detections, strict=True)]
+    pinholes = [camera.without_distortion() for camera in cameras]
+    xy = [camera.undistort(d[..., :2]).reshape(-1, 2) for camera, d in zip(cameras, detections, strict=True)]
     matches = []
     for s, r in combinations(range(len(cameras)), 2):
         known = np.isfinite(xy[s] + xy[r]).all(1)
         matches.append((s, r, xy[s][known], xy[r][known]))
     if not any(len(p) for _, _, p, _ in matches):
-        raise ValueError(f"{recording.path}: no two cameras have a joint in the same frame, of those wanted")
+        names = ", ".join(camera.name for camera in cameras)
+        raise ValueError(f"no two of the cameras {names} have a joint in the same of the {detections.shape[1]} frames")
 
     def residuals(shifts):
-        at = [_shifted(camera, shift) for camera, shift in zip(cameras, shifts.reshape(-1, 2), strict=True)]
+        at = [_shifted(camera, shift) for camera, shift in zip(pinholes, shifts.reshape(-1, 2), strict=True)]
         off = [sampson_distance(fundamental_from_cameras(at[s], at[r]), p, q) for s, r, p, q in matches]
         return np.concatenate([*(distance / 5 for distance in off), shifts / 10])
 
     shifts = least_squares(residuals, np.zeros(2 * len(cameras)), loss="soft_l1").x.reshape(-1, 2)
-    moved = [_shifted(camera, shift) for camera, shift in zip(recording.cameras, shifts, strict=True)]
-    return replace(recording, cameras=moved), shifts
+    return [_shifted(camera, shift) for camera, shift in zip(cameras, shifts, strict=True)], shifts
 
 
 def _shifted(camera: Camera, shift: np.ndarray) -> Camera:
