@@ -306,21 +306,21 @@ def test_detections_as_a_network_would_predict_them_are_those_of_the_views(made)
     """Not only is each the views' own: their lines meet, and they triangulate to the person that was filmed."""
     write_json(first(made, 2), [])  # frame 0 has nobody in the second camera
     recording = read_recording(made)
-    seen = as_predicted(recording)
-    assert seen["index"].tolist() == [1, 2] and seen["output"].shape == (2, 2, 25, 64, 64)
-    assert seen["output"].dtype == torch.float32 and not seen["F"][:, range(2), range(2)].any()
-    for n, t in enumerate(seen["index"].tolist()):
+    seen, index = as_predicted(recording)
+    assert index.tolist() == [1, 2] and seen.output.shape == (2, 2, 25, 64, 64)
+    assert seen.output.dtype == torch.float32 and not seen.F[:, range(2), range(2)].any()
+    for n, t in enumerate(index):
         views = recording.views(recording.frames[t])
-        np.testing.assert_allclose(seen["output"][n], torch.stack([heatmaps(view) for view in views]), atol=1e-6)
-        np.testing.assert_allclose(seen["joints"][n], [view.joints for view in views])
-        P = projection_matrices(*(seen[key][n] for key in "KRt"))
+        np.testing.assert_allclose(seen.output[n], torch.stack([heatmaps(view) for view in views]), atol=1e-6)
+        np.testing.assert_allclose(seen.joints[n], [view.joints for view in views])
+        P = projection_matrices(*(getattr(seen, key)[n] for key in "KRt"))
         np.testing.assert_allclose(P, [view.camera.P for view in views], atol=1e-9)
         x = [view.joints @ HEATMAP_FROM_INPUT[:2, :2].T + HEATMAP_FROM_INPUT[:2, 2] for view in views]
         for s, r in ((0, 1), (1, 0)):
-            assert symmetric_epipolar_distance(seen["F"][n, s, r].numpy(), x[s], x[r]).max() < 1e-6
-        X = from_heatmaps(seen["output"][n].double(), P)
+            assert symmetric_epipolar_distance(seen.F[n, s, r].numpy(), x[s], x[r]).max() < 1e-6
+        X = from_heatmaps(seen.output[n].double(), P)
         np.testing.assert_allclose(X, body("BODY_25B", (0.02 * t, 0, 0)), atol=2e-3)
-    assert as_predicted(recording, [2, 0])["index"].tolist() == [2]
+    assert as_predicted(recording, [2, 0])[1].tolist() == [2]
     with pytest.raises(ValueError, match="none of the frames wanted has a person in every view"):
         as_predicted(recording, [0])
 
@@ -338,8 +338,8 @@ def test_a_camera_that_was_turned_after_its_calibration_is_found_by_what_it_sees
         right = replace(wrong, cameras=cameras)
         assert np.abs(shifts[2] - (6, -4)).max() < 1.5 and np.abs(np.delete(shifts, 2, 0)).max() < 1.5
         distances = [
-            symmetric_epipolar_distance(seen["F"][0, 2, 0], seen["joints"][0, 2] / 4, seen["joints"][0, 0] / 4)
-            for seen in map(as_predicted, (wrong, right))
+            symmetric_epipolar_distance(seen.F[0, 2, 0], seen.joints[0, 2] / 4, seen.joints[0, 0] / 4)
+            for seen, _ in map(as_predicted, (wrong, right))
         ]
         assert np.median(distances[1]) < 0.2 * np.median(distances[0])
     assert (recording.cameras[2].K == read_recording(tmp_path).cameras[2].K).all()
