@@ -2,19 +2,23 @@
 
 import hashlib
 import multiprocessing
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from epiutils.data import people
+from epiutils.cameras import Camera
+from epiutils.data import dataset, people, raycast
 from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView, instants
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 
 # Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.
 INSTANTS = "f4d4f216"
 SCENES = "2e1b511f"
+TOML = Path(people.__file__).with_suffix(".toml")
 SAME = {"image", "target", "weight", "joints", "visible", "joints_3d", "K", "R", "t", "F"}
 
 
@@ -126,11 +130,47 @@ def test_prepare_renders_what_is_missing_in_parallel(tmp_path, monkeypatch):
             assert all(np.array_equal(a[key], b[key]) for key in a.files)
 
 
-def test_another_renderer_has_another_cache(cache, test_set, monkeypatch, tmp_path):
-    changed = tmp_path / "people.py"
-    changed.write_text("different")
-    monkeypatch.setattr(people, "__file__", str(changed))
-    assert Benchmark("test", cache).folder != test_set.folder
+CHANGES = {  # of people.py, raycast.py, people.toml: text, its replacement, and whether pictures may change
+    "code": ("people.py", "rng.uniform(0.85, 1.15)", "rng.uniform(0.85, 1.25)", True),
+    "rays": ("raycast.py", "0.14 * normal[2]", "0.15 * normal[2]", True),
+    "docstring": ("people.py", "metres in the world, 50 frames", "metres in this world, 50 frames", False),
+    "comment": ("raycast.py", "# the room", "# a room", False),
+    "table": ("people.toml", "height = 1.86", "height = 1.87", True),
+    "title": ("people.toml", "# How they move", "# Motions", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_is_of_the_renderers_code_and_tables_but_not_of_its_comments(monkeypatch, tmp_path, change):
+    name, old, new, differs = CHANGES[change]
+    for module in (people, raycast):
+        copied = shutil.copy(module.__file__, tmp_path)
+        monkeypatch.setattr(module, "__file__", copied)
+    shutil.copy(TOML, tmp_path)
+    before, text = dataset._version.__wrapped__(), (tmp_path / name).read_text("utf-8")
+    assert before == dataset._version.__wrapped__() == dataset._version() and old in text
+    (tmp_path / name).write_text(text.replace(old, new), "utf-8")
+    assert (dataset._version.__wrapped__() != before) == differs
+
+
+def test_a_cache_is_of_what_cameras_and_files_do(monkeypatch):
+    cases = {
+        (Camera, "crop"): lambda crop: (
+            lambda self, A, size: crop(self, A + np.array([[0, 0, 0.01]] + 2 * [3 * [0]]), size)
+        ),
+        (Camera, "project"): lambda project: lambda self, X: project(self, X) + 1e-3,
+        (cv2, "imencode"): lambda encode: lambda kind, image, options: encode(kind, image, [options[0], 90]),
+        (people, "JOINTS"): lambda names: names[::-1],
+    }
+    found = {dataset._version()}
+    for (owner, name), change in cases.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, change(getattr(owner, name)))
+            found.add(dataset._version.__wrapped__())
+    assert len(found) == 5
+
+
+def test_the_cache_may_be_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "elsewhere"))
     assert Benchmark("test").folder.parent == tmp_path / "elsewhere"
 

@@ -68,7 +68,7 @@ def test_feet_are_on_the_floor(action):
         feet = [s for s in people.solids(subject, action, frame, seed, occluders=False) if s.part.endswith("foot")]
         lowest = min((s.ends[:, 2] - s.radii).min() for s in feet)
         assert abs(lowest) < 1e-6
-        if action not in people._LIFTS and action != "sit":  # both soles
+        if action not in people._TABLES.lifts and action != "sit":  # both soles
             sides = [min((s.ends[:, 2] - s.radii).min() for s in feet if s.part == side) for side in ("lfoot", "rfoot")]
             assert max(sides) < 0.04
 
@@ -199,7 +199,7 @@ def test_visibility_is_what_brute_force_sees(scenes, which):
             ray = camera.R.T @ np.linalg.inv(camera.K) @ (u, v, 1)
             t = np.array([brute_force(solid, camera.C, ray) for solid in solids])
             first, second = np.argsort(t)[:2]
-            parts, reach = people.CARRIERS[name]
+            parts, reach = people._CARRIERS[name]
             z = camera.R[2] @ view.joints_3d[j] + camera.t[2]
             tie = t[second] - t[first] < 1e-3 and (solids[first].part in parts) != (solids[second].part in parts)
             if tie or abs(z - t[first] - reach) < 1e-3:

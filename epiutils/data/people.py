@@ -2,15 +2,20 @@
 
 The world is in metres, z up, with the floor at z = 0; the body's axes are x forward, y left, z up.  A pixel depends
 on integers only (subject, action, frame, seed, view): what the ray caster is given is rounded to 1e-9.
+The tables of looks, motions and furniture are in `people.toml`.
 About 29 % of the joints are hidden, 19 % without furniture.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
+from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 
 from epiutils.cameras import Camera, crop_affine
@@ -20,114 +25,18 @@ from epiutils.data.raycast import (
     ball,
     box,
     cone,
-    doors,
     plain,
     render,
     room,
-    sensor,
     shadow_map,
-    strands,
-    wood,
 )
 from epiutils.data.views import JOINTS, View
 
-FPS = 50
+_FPS = 50
 
-# height in metres; legs, shoulders and girth as factors of the average; colours as RGB in [0, 1]
-# hair: short, long, tail, bun, bald, cap; cover: how much of (arm, leg) is cloth, 2 = down to the hand or foot
-# shirts: (pattern, colour, accent) with pattern 0 emblem, 1 buttons, 2 stripes, 3 open jacket, 4 two-tone
-_PEOPLE = {
-    1: {"height": 1.68, "legs": 1.0, "shoulders": 0.94, "girth": 0.95, "skin": (0.93, 0.75, 0.63), "hair": "tail",
-        "hair_colour": (0.36, 0.22, 0.13), "cover": (0.75, 2.0), "shirts": ((0, (0.78, 0.22, 0.24), (0.97, 0.88, 0.55)),
-        (2, (0.88, 0.86, 0.8), (0.24, 0.38, 0.62)), (3, (0.28, 0.5, 0.45), (0.95, 0.92, 0.86))),
-        "trousers": ((0.2, 0.26, 0.42), (0.3, 0.3, 0.32)), "shoes": ((0.92, 0.92, 0.9), (0.55, 0.2, 0.22))},
-    5: {"height": 1.6, "legs": 0.96, "shoulders": 0.9, "girth": 1.08, "skin": (0.78, 0.56, 0.42), "hair": "long",
-        "hair_colour": (0.1, 0.07, 0.06), "cover": (2.0, 2.0), "shirts": ((4, (0.93, 0.62, 0.25), (0.55, 0.27, 0.2)),
-        (1, (0.86, 0.55, 0.62), (0.98, 0.96, 0.93)), (0, (0.36, 0.27, 0.5), (0.93, 0.78, 0.4))),
-        "trousers": ((0.16, 0.17, 0.2), (0.45, 0.35, 0.28)), "shoes": ((0.3, 0.18, 0.14), (0.8, 0.76, 0.7))},
-    6: {"height": 1.86, "legs": 1.05, "shoulders": 1.07, "girth": 0.93, "skin": (0.95, 0.8, 0.7), "hair": "short",
-        "hair_colour": (0.8, 0.62, 0.32), "cover": (0.8, 1.15), "shirts": ((2, (0.2, 0.32, 0.55), (0.92, 0.93, 0.95)),
-        (0, (0.32, 0.62, 0.42), (0.97, 0.95, 0.85)), (1, (0.68, 0.8, 0.9), (0.2, 0.3, 0.5))),
-        "trousers": ((0.72, 0.62, 0.46), (0.36, 0.42, 0.36)), "shoes": ((0.2, 0.22, 0.3), (0.93, 0.6, 0.25))},
-    7: {"height": 1.79, "legs": 0.99, "shoulders": 1.08, "girth": 1.2, "skin": (0.87, 0.67, 0.55), "hair": "bald",
-        "hair_colour": (0.32, 0.24, 0.19), "cover": (2.0, 2.0), "shirts": ((1, (0.9, 0.9, 0.92), (0.55, 0.6, 0.68)),
-        (3, (0.36, 0.34, 0.36), (0.72, 0.28, 0.24)), (2, (0.25, 0.45, 0.36), (0.86, 0.82, 0.62))),
-        "trousers": ((0.32, 0.27, 0.22), (0.18, 0.22, 0.32)), "shoes": ((0.16, 0.13, 0.12), (0.42, 0.28, 0.18))},
-    8: {"height": 1.94, "legs": 1.02, "shoulders": 1.04, "girth": 1.02, "skin": (0.47, 0.32, 0.24), "hair": "cap",
-        "hair_colour": (0.85, 0.35, 0.2), "cover": (0.9, 2.0), "shirts": ((0, (0.95, 0.84, 0.35), (0.2, 0.22, 0.3)),
-        (4, (0.3, 0.62, 0.7), (0.93, 0.93, 0.9)), (2, (0.8, 0.36, 0.3), (0.96, 0.9, 0.8))),
-        "trousers": ((0.42, 0.46, 0.52), (0.22, 0.24, 0.22)), "shoes": ((0.95, 0.95, 0.95), (0.8, 0.25, 0.22))},
-    9: {"height": 1.74, "legs": 1.03, "shoulders": 1.0, "girth": 1.0, "skin": (0.9, 0.71, 0.58), "hair": "short",
-        "hair_colour": (0.18, 0.13, 0.1), "cover": (0.7, 2.0), "shirts": ((3, (0.24, 0.36, 0.6), (0.93, 0.92, 0.88)),
-        (0, (0.52, 0.66, 0.38), (0.95, 0.95, 0.88)), (1, (0.76, 0.42, 0.3), (0.97, 0.9, 0.78))),
-        "trousers": ((0.38, 0.36, 0.4), (0.62, 0.55, 0.45)), "shoes": ((0.5, 0.3, 0.18), (0.25, 0.3, 0.36))},
-    11: {"height": 1.57, "legs": 0.98, "shoulders": 0.92, "girth": 0.9, "skin": (0.62, 0.43, 0.32), "hair": "bun",
-        "hair_colour": (0.14, 0.09, 0.08), "cover": (2.0, 1.2), "shirts": ((1, (0.4, 0.66, 0.68), (0.97, 0.96, 0.92)),
-        (2, (0.9, 0.78, 0.48), (0.52, 0.25, 0.36)), (4, (0.74, 0.34, 0.5), (0.96, 0.86, 0.82))),
-        "trousers": ((0.26, 0.3, 0.46), (0.52, 0.28, 0.3)), "shoes": ((0.9, 0.88, 0.84), (0.2, 0.2, 0.24))},
-}  # fmt: skip
-SUBJECTS = tuple(_PEOPLE)
-
-# angle: (mean, amplitude, phase = 0, harmonic = 1), all in degrees; "_a" is the acting side, "_b" the other one
-_MOTIONS = {
-    "walk": {"period": 1.1, "hip_a": (6, 23), "hip_b": (6, 23, 180), "knee_a": (28, 22, 122), "knee_b": (28, 22, 302),
-        "toe_a": (8, 14, 170), "toe_b": (8, 14, 350), "arm_a": (0, 24, 180), "arm_b": (0, 24), "elbow_a": (28, 12, 180),
-        "elbow_b": (28, 12), "twist": (0, 7), "bend": (4, 1), "raise_a": (9, 0), "raise_b": (9, 0)},
-    "sit": {"period": 4.0, "hip_a": (86, 0), "hip_b": (84, 0), "knee_a": (84, 0), "knee_b": (90, 0), "spread_a": (9, 0),
-        "spread_b": (7, 0), "arm_a": (34, 14), "elbow_a": (62, 26, 40), "rot_a": (24, 8), "twist": (0, 10),
-        "bend": (9, 9), "nod": (4, 8, 90), "turn": (0, 25)},
-    "wave": {"period": 2.4, "arm_a": (12, 8), "raise_a": (92, 18), "rot_a": (-78, 14, 90), "elbow_a": (72, 30, 0, 2),
-        "lean": (-3, 4), "turn": (0, 12)},
-    "reach": {"period": 3.2, "arm_a": (95, 55), "raise_a": (12, 8), "elbow_a": (38, -28), "bend": (8, 8, 180),
-        "twist": (-8, 10), "nod": (-8, 14, 180)},
-    "crouch": {"period": 3.6, "hip_a": (58, 46), "hip_b": (56, 46), "knee_a": (80, 56), "knee_b": (80, 56),
-        "pitch": (16, 14), "bend": (18, 12), "spread_a": (10, 4), "spread_b": (10, 4), "arm_a": (38, 26),
-        "arm_b": (34, 26), "elbow_a": (40, 20), "nod": (-6, 14)},
-    "point": {"period": 3.0, "arm_a": (84, 14), "raise_a": (10, 34, 60), "elbow_a": (14, 12), "twist": (-4, 14, 60),
-        "turn": (4, 24, 60)},
-    "phone": {"period": 3.4, "arm_a": (34, 8), "raise_a": (28, 8), "rot_a": (18, 6), "elbow_a": (138, 6), "nod": (8, 6),
-        "turn": (0, 18), "tilt": (6, 4), "lean": (0, 5)},
-    "turn": {"period": 4.2, "yaw": (0, 110), "twist": (0, 24, 50), "turn": (0, 34, 70), "hip_a": (4, 10, 0, 2),
-        "hip_b": (4, 10, 180, 2), "knee_a": (16, 12, 110, 2), "knee_b": (16, 12, 290, 2), "arm_a": (6, 16, 180, 2),
-        "arm_b": (6, 16, 0, 2)},
-    "bend": {"period": 3.4, "pitch": (22, 20), "bend": (34, 26), "hip_a": (10, 6), "hip_b": (10, 6), "knee_a": (18, 10),
-        "knee_b": (18, 10), "arm_a": (52, 34), "arm_b": (44, 32), "raise_a": (10, 4), "elbow_a": (14, 8),
-        "elbow_b": (16, 8), "twist": (0, 10, 40), "nod": (-10, 8)},
-    "stretch": {"period": 3.8, "arm_a": (150, 26), "arm_b": (146, 26), "raise_a": (18, 18, 90), "raise_b": (20, 18, 90),
-        "elbow_a": (36, -26), "elbow_b": (40, -26), "bend": (-6, 6, 180), "lean": (0, 14, 30), "nod": (-10, 10, 180),
-        "toe_a": (8, 8), "toe_b": (8, 8)},
-    "carry": {"period": 1.3, "hip_a": (8, 13), "hip_b": (8, 13, 180), "knee_a": (22, 17, 110), "knee_b": (22, 17, 290),
-        "toe_a": (5, 8, 170), "toe_b": (5, 8, 350), "arm_a": (30, 4, 0), "arm_b": (30, 4, 0), "elbow_a": (72, 3),
-        "elbow_b": (72, 3), "raise_a": (6, 0), "raise_b": (6, 0), "rot_a": (2, 0), "rot_b": (2, 0), "bend": (-3, 3)},
-    "lunge": {"period": 3.2, "hip_a": (44, 22), "hip_b": (-12, 10, 180), "knee_a": (52, 30), "knee_b": (26, 16),
-        "toe_b": (26, 12), "bend": (8, 8), "pitch": (6, 4), "arm_a": (20, 30, 180), "arm_b": (40, 36),
-        "elbow_a": (50, 24), "elbow_b": (56, 24)},
-    "kick": {"period": 2.2, "hip_a": (30, 40), "knee_a": (46, -34, 30), "hip_b": (2, 4, 180), "knee_b": (14, 6),
-        "toe_a": (12, 8), "pitch": (-4, 5, 180), "arm_a": (0, 26, 180), "arm_b": (20, 34), "raise_a": (34, 14),
-        "raise_b": (34, 14), "elbow_a": (38, 16), "elbow_b": (38, 16), "bend": (4, 8)},
-    "dance": {"period": 1.9, "arm_a": (62, 58), "arm_b": (62, 58, 180), "raise_a": (46, 32, 60),
-        "raise_b": (46, 32, 240), "elbow_a": (78, 40, 120), "elbow_b": (78, 40, 300), "rot_a": (-10, 34),
-        "rot_b": (-10, 34, 180), "hip_a": (22, 15), "hip_b": (22, 15, 180), "knee_a": (36, 18), "knee_b": (36, 18, 180),
-        "spread_a": (13, 4), "spread_b": (13, 4), "lean": (0, 9), "twist": (0, 15), "roll": (0, 6),
-        "turn": (0, 20, 90)},
-}  # fmt: skip
-ACTIONS = tuple(_MOTIONS)
-# arm, raise, rot, elbow of an arm that has nothing to do: hanging (twice), on the hip, at the belly, pocket, chin
-_REST_ARMS = ((4, 9, 4, 14), (4, 9, 4, 14), (-22, 44, 62, 96), (20, 12, 56, 92), (-14, 20, 20, 52), (46, 8, 34, 136))
-# hip, knee, spread of the acting leg, then of the other one
-_STANCES = ((2, 4, 4, 2, 4, 4), (16, 10, 5, -10, 6, 5), (3, 6, 15, 3, 6, 13), (10, 22, 8, 0, 3, 3),
-            (22, 14, 4, -16, 12, 4))  # fmt: skip
-_ANGLES = {  # the seed's offset (standard deviation), lowest and highest angle
-    "pitch": (2, -15, 55), "roll": (2, -12, 12), "bend": (4, -20, 70), "lean": (4, -28, 28), "twist": (5, -42, 42),
-    "yaw": (5, -180, 180), "nod": (6, -35, 42), "tilt": (4, -25, 25), "turn": (16, -65, 65), "hip": (4, -25, 115),
-    "spread": (2, -3, 32), "knee": (4, 1, 145), "toe": (0, -12, 48), "arm": (9, -45, 175), "raise": (6, 3, 135),
-    "rot": (10, -95, 70), "elbow": (9, 3, 146),
-}  # fmt: skip
-_ORDER = ("pitch", "roll", "bend", "lean", "twist", "yaw", "nod", "tilt", "turn", "hip_a", "spread_a", "knee_a",
-          "hip_b", "spread_b", "knee_b", "toe_a", "arm_a", "raise_a", "toe_b", "arm_b", "raise_b",
-          "rot_a", "elbow_a", "rot_b", "elbow_b")  # fmt: skip
-_MIRRORED = ("roll", "lean", "twist", "tilt", "turn", "yaw")  # change sign where the right side acts
-_LIFTS = ("walk", "turn", "carry", "kick")  # a foot leaves the floor; elsewhere both stand on it
+_TABLES = SimpleNamespace(**tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
+_PEOPLE = {who["subject"]: who for who in _TABLES.people}
+SUBJECTS, ACTIONS = tuple(_PEOPLE), tuple(_TABLES.motions)
 
 
 def rig() -> list[Camera]:
@@ -190,27 +99,28 @@ def _lengths(subject: int) -> dict[str, float]:
 
 def _angles(subject: int, action: str, frames: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Joint angles in degrees, (F,) each: the action's table, with the seed's side, tempo, amplitudes and sway."""
-    rng, motion, still = _rng(subject, action, seed, 0), _MOTIONS[action], action == "sit"
+    rng, motion, still = _rng(subject, action, seed, 0), _TABLES.motions[action], action == "sit"
+    rest, stances = _TABLES.rest_arms, _TABLES.stances
     side = "lr" if rng.random() < 0.5 else "rl"  # which side acts
     tempo, gain, start = rng.uniform(0.85, 1.2), rng.uniform(0.75, 1.15), rng.uniform(0, 360)
-    arms, legs, idle = rng.integers(len(_REST_ARMS), size=2), _STANCES[rng.integers(len(_STANCES))], {}
+    arms, legs, idle = rng.integers(len(rest), size=2), stances[rng.integers(len(stances))], {}
     for s, arm, leg in zip("ab", arms, (legs[:3], legs[3:]), strict=True):
-        for names, values in ((("arm", "raise", "rot", "elbow"), _REST_ARMS[arm]), (("hip", "knee", "spread"), leg)):
+        for names, values in ((("arm", "raise", "rot", "elbow"), rest[arm]), (("hip", "knee", "spread"), leg)):
             if f"{names[0]}_{s}" not in motion:
                 idle |= {f"{name}_{s}": (value, 0) for name, value in zip(names, values, strict=True)}
-    time, angles = frames / FPS, {}
+    time, angles = frames / _FPS, {}
     cycle = 360 * tempo * time / motion["period"] + start
-    for name in _ORDER:
+    for name in _TABLES.order:
         base, _, suffix = name.partition("_")
-        spread, lowest, highest = _ANGLES[base]
+        spread, lowest, highest = _TABLES.limits[base]
         offset, scale, phases = rng.normal(0, spread), rng.uniform(0.85, 1.15), rng.uniform(0, 360, 2)
         mean, amplitude, phase, harmonic = (*motion.get(name, idle.get(name, (0, 0))), 0, 1)[:4]
         sway = np.sin(np.radians(360 * time / 3.7 + phases[0])) + np.sin(np.radians(360 * time / 6.1 + phases[1]))
         value = mean + offset + 0.35 * spread * sway * (not still or base not in ("hip", "spread", "knee", "toe"))
         value = value + gain * scale * amplitude * np.sin(np.radians(harmonic * cycle + phase))
-        value = -value if base in _MIRRORED and side == "rl" else value
+        value = -value if base in _TABLES.mirrored and side == "rl" else value
         angles[f"{base}_{side['ab'.index(suffix)]}" if suffix else base] = np.clip(value, lowest, highest)
-    if action not in _LIFTS and not still:
+    if action not in _TABLES.lifts and not still:
         angles |= _level_knees(angles, _lengths(subject))
     if action in ("walk", "carry"):
         stride = 4 * 0.5 * _PEOPLE[subject]["height"] * np.sin(np.radians(gain * motion["hip_a"][1]))
@@ -347,6 +257,26 @@ def _shoe(q, size, colours, setting):
     return np.where(laces | (q[0] < -0.45 * size[0]), colours[1], rgb)
 
 
+def _strands(q, size, colours, setting):
+    """Soft stripes along z, as of hair."""
+    return colours[0] * (1 + 0.16 * (np.abs((q[1] * 5) % 2 - 1) - 0.5))
+
+
+def _wood(q, size, colours, setting):
+    """Boards: a faint grain along the longest side, and edges that are a little darker."""
+    grain = np.abs((q[0] * 23 + q[2] * 9 + np.abs((q[1] * 6) % 2 - 1)) % 2 - 1)
+    edge = (size - np.abs(q) < 0.012).sum(0) > 1
+    return colours[0] * np.where(edge, 0.8, 1 - 0.12 * grain)
+
+
+def _doors(q, size, colours, setting):
+    """A cabinet: two doors with gaps and knobs on the sides that look along ±x."""
+    gap = (np.abs(np.abs(q[1]) - size[1] / 2) > size[1] / 2 - 0.02) | (np.abs(q[2]) > size[2] - 0.03)
+    knob = (np.abs(np.abs(q[1]) - 0.06) < 0.014) & (np.abs(q[2] - 0.1) < 0.03)
+    flat = size[0] - np.abs(q[0]) < 0.004
+    return np.where(flat & knob, colours[1], np.where(flat & gap, colours[0] * 0.75, colours[0]))
+
+
 def _body(subject: int, action: str, seed: int, p: dict, f: dict) -> list[Solid]:
     """The person's solids around the points and frames of one instant."""
     who, n, rng = _PEOPLE[subject], _lengths(subject), _rng(subject, action, seed, 2)
@@ -394,10 +324,10 @@ def _head(h: float, neck: np.ndarray, F: np.ndarray, style: str, skin: np.ndarra
     """The head's solids, larger than life by a fifth so that a face is a face at 25 pixels."""
     at = lambda v: neck + F @ (h * np.array(v))
     blob = lambda v, r, *paint, beard=0: ball(at(v), F, h * np.array(r), *paint, part="head", setting=(beard, 0))
-    lock = lambda a, b, ra, rb, **more: cone(at(a), at(b), ra * h, rb * h, F[:, 0], strands, hair, part="head", **more)
+    lock = lambda a, b, ra, rb, **more: cone(at(a), at(b), ra * h, rb * h, F[:, 0], _strands, hair, part="head", **more)
     brows, warm = np.array((0.1, 0.08, 0.07)) if style == "cap" else hair, skin * (0.95, 0.84, 0.8)
-    top = blob((-0.015, 0, 0.133), (0.058, 0.057, 0.066), strands, hair)
-    back = blob((-0.02, 0, 0.108), (0.05, 0.056, 0.07), strands, hair)
+    top = blob((-0.015, 0, 0.133), (0.058, 0.057, 0.066), _strands, hair)
+    back = blob((-0.02, 0, 0.108), (0.05, 0.056, 0.07), _strands, hair)
     return [
         blob((0.004, 0, 0.118), (0.058, 0.051, 0.072), _face, skin, brows, beard=style == "bald"),
         blob((0.062, 0, 0.112), (0.013, 0.0095, 0.013), plain, warm),  # nose and ears
@@ -407,7 +337,7 @@ def _head(h: float, neck: np.ndarray, F: np.ndarray, style: str, skin: np.ndarra
             "short": [top],
             "long": [top, back, lock((-0.034, 0, 0.1), (-0.05, 0, 0.005), 0.046, 0.034, flat=0.7)],
             "tail": [top, back, lock((-0.075, 0, 0.145), (-0.098, 0, 0.04), 0.021, 0.012)],
-            "bun": [top, back, blob((-0.07, 0, 0.165), (0.03, 0.03, 0.03), strands, hair)],
+            "bun": [top, back, blob((-0.07, 0, 0.165), (0.03, 0.03, 0.03), _strands, hair)],
             "cap": [top, blob((0.05, 0, 0.155), (0.05, 0.044, 0.009), plain, hair * 0.8)],
         }[style],
     ]
@@ -416,13 +346,13 @@ def _head(h: float, neck: np.ndarray, F: np.ndarray, style: str, skin: np.ndarra
 def _piece(name: str, at: np.ndarray, yaw: float, size: Sequence[float], rng: np.random.Generator) -> list[Solid]:
     """A piece of furniture of (half depth, half width, height) on the floor at (x, y), turned by `yaw` degrees."""
     (a, b, h), F = size, np.round(_turned(z=yaw), 9)
-    colours = ((0.70, 0.50, 0.32), (0.50, 0.34, 0.22), (0.86, 0.80, 0.70), (0.36, 0.38, 0.42), (0.62, 0.66, 0.60))
+    colours, accents = _TABLES.furniture["colours"], _TABLES.furniture["accents"]
     colour = np.array(colours[rng.integers(len(colours))]) * rng.uniform(0.85, 1.1)
-    accent = np.array(((0.75, 0.32, 0.26), (0.28, 0.46, 0.52), (0.85, 0.68, 0.36), (0.3, 0.3, 0.32))[rng.integers(4)])
+    accent = np.array(accents[rng.integers(len(accents))])
     place = lambda x, y, z: np.round(np.array([*at, 0.0]) + F @ (x, y, z), 9)
-    block = lambda x, y, z, half, paint=wood, c=(colour, accent): box(place(x, y, z), F, half, paint, *c)
+    block = lambda x, y, z, half, paint=_wood, c=(colour, accent): box(place(x, y, z), F, half, paint, *c)
     if name == "cabinet":
-        return [block(0, 0, h / 2, (a, b, h / 2), doors), block(0, 0, h, (a + 0.015, b + 0.015, 0.014))]
+        return [block(0, 0, h / 2, (a, b, h / 2), _doors), block(0, 0, h, (a + 0.015, b + 0.015, 0.014))]
     if name == "crate":
         return [block(0, 0, h / 2, (a, b, h / 2)), block(0, 0, h / 2, (a + 0.004, b + 0.004, 0.05), plain, (accent,))]
     if name == "plant":
@@ -436,7 +366,7 @@ def _piece(name: str, at: np.ndarray, yaw: float, size: Sequence[float], rng: np
     legs = [block(sx * (a - 0.03), sy * (b - 0.03), h / 2, (0.022, 0.022, h / 2)) for sx in (-1, 1) for sy in (-1, 1)]
     solids = [*legs, block(0, 0, h - 0.02, (a, b, 0.02))]
     if name == "chair":
-        solids += [block(-a + 0.02, 0, h + 0.36, (0.018, b - 0.02, 0.1), wood, (accent,))]
+        solids += [block(-a + 0.02, 0, h + 0.36, (0.018, b - 0.02, 0.1), _wood, (accent,))]
         solids += [block(-a + 0.02, s * (b - 0.03), h + 0.22, (0.018, 0.018, 0.24)) for s in (-1, 1)]
     elif rng.random() < 0.6:  # a table with things on it
         x, y = rng.uniform((-0.5 * a, -0.6 * b), (0.5 * a, 0.6 * b))
@@ -457,13 +387,9 @@ def _furniture(subject: int, action: str, seed: int) -> list[Solid]:
         seat, yaw = p["root"][0, :2] + ahead * 0.06, np.degrees(np.arctan2(ahead[1], ahead[0]))
         solids += _piece("chair", seat, yaw, (0.23, 0.22, height), rng)
         taken.append((seat, 0.3))
-    wanted = rng.integers(2, 5)
+    wanted, kinds = rng.integers(2, 5), _TABLES.furniture["kinds"]
     for _ in range(24):
-        name, low, high = (
-            ("table", (0.3, 0.4, 0.68), (0.42, 0.75, 0.8)), ("cabinet", (0.18, 0.3, 0.75), (0.28, 0.5, 1.25)),
-            ("crate", (0.16, 0.2, 0.35), (0.3, 0.36, 0.7)), ("plant", (0.2, 0.2, 0.9), (0.22, 0.22, 1.35)),
-            ("chair", (0.22, 0.21, 0.43), (0.24, 0.24, 0.48)),
-        )[rng.integers(5)]  # fmt: skip
+        name, low, high = kinds[rng.integers(len(kinds))]
         size, yaw = rng.uniform(low, high), rng.uniform(-180, 180)
         way = ((2, 4.5), (2, -4.5), (-2, -4.5), (-2, 4.5))[rng.integers(4)] - middle
         at = middle + way / np.linalg.norm(way) * rng.uniform(0.45, 1.7) + rng.normal(0, 0.16, 2)
@@ -484,7 +410,7 @@ def _held(p: dict, f: dict) -> list[Solid]:
     F, ends = f["chest"], np.stack([p[s + "wri"] - f[s + "lower"][:, 2] * 0.05 for s in "lr"])
     middle, width = ends.mean(0) + F[:, 0] * 0.03, max(np.linalg.norm(ends[0] - ends[1]) / 2 - 0.035, 0.08)
     tape = box(middle, F, (0.112, 0.03, 0.122), plain, (0.9, 0.86, 0.72))
-    return [box(middle, F, (0.11, width, 0.12), wood, (0.80, 0.64, 0.44)), tape]
+    return [box(middle, F, (0.11, width, 0.12), _wood, (0.80, 0.64, 0.44)), tape]
 
 
 def solids(subject: int, action: str, frame: int, seed: int = 0, occluders: bool = True) -> list[Solid]:
@@ -495,7 +421,7 @@ def solids(subject: int, action: str, frame: int, seed: int = 0, occluders: bool
     return person + held + _furniture(subject, action, seed) if occluders else person
 
 
-CARRIERS = {  # the parts that meet at a joint, and how far inside them it may lie, in metres
+_CARRIERS = {  # the parts that meet at a joint, and how far inside them it may lie, in metres
     "root": (("torso", "lthigh", "rthigh"), 0.2), "belly": (("torso",), 0.2), "neck": (("torso", "neck", "head"), 0.17),
     "nose": (("head",), 0.08), "head": (("head",), 0.15),
     **{s + "hip": (("torso", s + "thigh"), 0.18) for s in "lr"},
@@ -507,13 +433,13 @@ CARRIERS = {  # the parts that meet at a joint, and how far inside them it may l
 }  # fmt: skip
 
 
-def visible_joints(
+def _visible_joints(
     joints: np.ndarray, z: np.ndarray, depth: np.ndarray, index: np.ndarray, parts: Sequence[str]
 ) -> np.ndarray:
     """Which joints are seen, from the depth buffer: (17,) bool.
 
     Joint j is visible when the pixel nearest to it is inside the picture, the first surface on that pixel's ray
-    belongs to a part of the person that meets at the joint (`CARRIERS`: an elbow is carried by its own upper and
+    belongs to a part of the person that meets at the joint (`_CARRIERS`: an elbow is carried by its own upper and
     lower arm), and lies at most the part's reach (8 to 20 cm) before the joint.  So furniture, another limb, or the
     back of the head before the nose hide it.
 
@@ -523,7 +449,7 @@ def visible_joints(
     seen = np.zeros(len(JOINTS), dtype=bool)
     for j, (name, (u, v)) in enumerate(zip(JOINTS, np.rint(joints).astype(int), strict=True)):
         if 0 <= u < width and 0 <= v < height and index[v, u] >= 0:
-            carriers, reach = CARRIERS[name]
+            carriers, reach = _CARRIERS[name]
             seen[j] = parts[index[v, u]] in carriers and z[j] - depth[v, u] <= reach
     return seen
 
@@ -538,7 +464,7 @@ def scene(
     Each is rendered at the crop's resolution by the cropped camera.  The room, its light, the clothes and the
     furniture follow the seed; exposure and sensor noise follow the seed, the frame and the camera's place in the rig.
     rig: cameras without lens distortion, `people.rig()` by default.  Returns a View a camera, with `joints_3d`, and
-    `visible` by the rule of `visible_joints`.
+    `visible`: where the first surface on the joint's pixel belongs to a part of the body that meets at the joint.
     Raises ValueError for bad arguments, a lens with distortion, or a camera that does not have the person before it.
     """
     _check(subject, action, frame, seed, size)
@@ -555,7 +481,17 @@ def scene(
         side = 1.2 * ((high - low).max() + 2 * 0.08 * camera.K[0, 0] / z[0])  # the body is wider than its joints
         camera = camera.crop(crop_affine((low + high) / 2, side, (size, size)), (size, size))
         image, depth, index = render(things, camera, look, shadow)
-        image, joints = sensor(image, _rng(subject, action, seed, 5, frame, number)), camera.project(X)
-        visible = visible_joints(joints, z, depth, index, [solid.part for solid in things])
+        image, joints = _sensor(image, _rng(subject, action, seed, 5, frame, number)), camera.project(X)
+        visible = _visible_joints(joints, z, depth, index, [solid.part for solid in things])
         views.append(View(image, camera, joints, np.ones(len(JOINTS)), X, visible))
     return views
+
+
+def _sensor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Exposure, white balance and triangular noise of 1.5 to 5 grey levels, in integers."""
+    gain = rng.uniform(0.88, 1.14) * rng.uniform(0.96, 1.04, 3)
+    table = np.rint(np.clip(np.arange(256)[:, None] * gain, 0, 255)).astype(np.uint8)
+    strength = int(rng.integers(4, 13))
+    grain = np.frombuffer(rng.bytes(2 * image.size), np.uint8).reshape(2, *image.shape).astype(np.int16)
+    noise = ((grain[0] + grain[1] - 255) * np.int16(strength)) >> 8
+    return np.clip(cv2.LUT(image, table[None]) + noise, 0, 255).astype(np.uint8)

@@ -198,27 +198,7 @@ def plain(q, size, colours, setting):
     return colours[0]
 
 
-def wood(q, size, colours, setting):
-    """Boards: a faint grain along the longest side, and edges that are a little darker."""
-    grain = np.abs((q[0] * 23 + q[2] * 9 + np.abs((q[1] * 6) % 2 - 1)) % 2 - 1)
-    edge = (size - np.abs(q) < 0.012).sum(0) > 1
-    return colours[0] * np.where(edge, 0.8, 1 - 0.12 * grain)
-
-
-def strands(q, size, colours, setting):
-    """Soft stripes along z, as of hair."""
-    return colours[0] * (1 + 0.16 * (np.abs((q[1] * 5) % 2 - 1) - 0.5))
-
-
-def doors(q, size, colours, setting):
-    """A cabinet: two doors with gaps and knobs on the sides that look along ±x."""
-    gap = (np.abs(np.abs(q[1]) - size[1] / 2) > size[1] / 2 - 0.02) | (np.abs(q[2]) > size[2] - 0.03)
-    knob = (np.abs(np.abs(q[1]) - 0.06) < 0.014) & (np.abs(q[2] - 0.1) < 0.03)
-    flat = size[0] - np.abs(q[0]) < 0.004
-    return np.where(flat & knob, colours[1], np.where(flat & gap, colours[0] * 0.75, colours[0]))
-
-
-def picture(q, size, colours, setting):
+def _picture(q, size, colours, setting):
     """A picture on a wall: a frame, a field, and a disc in it."""
     a, b = np.abs(np.where(size[0] > size[1], q[0], q[1])), q[2]
     wide = np.maximum(size[0], size[1])
@@ -279,7 +259,7 @@ def room(seed: int = 0) -> Room:
             at = np.array((0.0, along * 2.6, up) if long else (along, 0.0, up))
             at[1 - long] = ROOM[1 - long] * (1 if wall > 1 else -1)
             frame = (0.02, half, tall) if long else (half, 0.02, tall)
-            pictures.append(box(np.round(at, 9), np.eye(3), frame, picture, *colours))
+            pictures.append(box(np.round(at, 9), np.eye(3), frame, _picture, *colours))
     return Room(
         light=light / np.sqrt(light @ light),
         lamp=rng.uniform(0.42, 0.6) * np.array((1 + warmth, 1.0, 1 - warmth)),
@@ -383,13 +363,3 @@ def render(
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     edge = cv2.morphologyEx(index.astype(np.int16), cv2.MORPH_GRADIENT, cross) > 0  # where solids meet
     return cv2.copyTo(cv2.GaussianBlur(image, (3, 3), 0), edge.astype(np.uint8), image), depth, index
-
-
-def sensor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Exposure, white balance and triangular noise of 1.5 to 5 grey levels, in integers."""
-    gain = rng.uniform(0.88, 1.14) * rng.uniform(0.96, 1.04, 3)
-    table = np.rint(np.clip(np.arange(256)[:, None] * gain, 0, 255)).astype(np.uint8)
-    strength = int(rng.integers(4, 13))
-    grain = np.frombuffer(rng.bytes(2 * image.size), np.uint8).reshape(2, *image.shape).astype(np.int16)
-    noise = ((grain[0] + grain[1] - 255) * np.int16(strength)) >> 8
-    return np.clip(cv2.LUT(image, table[None]) + noise, 0, 255).astype(np.uint8)
