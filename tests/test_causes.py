@@ -1,43 +1,51 @@
 """The failure's causes against literal loops, NumPy's least squares, autograd and the trainings that they stand for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from rigs import camera_pair, look_at, random_maps, world_points
-from test_experiments import JOINTS, SHAPE, WEIGHTS, literal_right, made_up
+from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, made_up
 
 from epiutils import plot
+from epiutils.data.views import Predicted
 from epiutils.epipolar import fundamental_from_cameras, point_line_distance, transfer
 from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import joints_mse
-from epiutils.metrics import bootstrap, joint_mean
+from epiutils.metrics import joint_mean
 from epiutils.networks.loop import train
 from epiutils.redirect import redirect
 from epiutils.studies import causes
 from epiutils.studies.causes import NormalEquations, Pairs
 from epiutils.studies.fitting import PAIRS, HeatmapPairs, fusion_loss, watch
-from epiutils.studies.predicted import score
+from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext
 
 TINY = (7, 9)
 MIDDLE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
-def as_double(predicted) -> dict[str, torch.Tensor]:
-    return predicted | {key: predicted[key].double() for key in ("output", "target", "weight", "F")}
+def made(*arguments, **settings) -> Predicted:
+    """Half of the maps have a higher peak elsewhere."""
+    return made_up(*arguments, twice=0.5, **settings)
+
+
+def as_double(predicted) -> Predicted:
+    return replace(predicted, **{key: getattr(predicted, key).double() for key in ("output", "target", "weight")})
 
 
 def explicit(predicted, at, threshold=1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The columns A (J, H·W, 9), the wanted change e (J, H·W) and the weights of one pair, by nested loops."""
     n, s, r = at
-    maps, F = predicted["output"][n], predicted["F"][n, s, r]
+    maps, F = predicted.output[n], predicted.F[n, s, r]
     columns = []
     for k in range(9):
         fusion = OriginalFusion(threshold, shape=maps.shape[-2:], method="loop", initial=torch.eye(9)[k].reshape(3, 3))
         with torch.no_grad():
             columns.append(fusion.double()(maps[s, None], 0 * maps[r, None], F)[0].flatten(-2))
-    return (np.stack(columns, -1), (predicted["target"][n, r] - maps[r]).flatten(-2).numpy(),
-            predicted["weight"][n, r].numpy())  # fmt: skip
+    return (np.stack(columns, -1), (predicted.target[n, r] - maps[r]).flatten(-2).numpy(),
+            predicted.weight[n, r].numpy())  # fmt: skip
 
 
 # Which pairs, and their scores
@@ -51,7 +59,7 @@ def test_every_pair_of_cameras_comes_up_once_in_twelve_scenes():
 
 
 def test_all_pairs_are_in_the_order_of_the_training_data():
-    predicted = made_up()
+    predicted = made()
     pairs, data = Pairs(predicted, causes.all_pairs(range(3))), HeatmapPairs(predicted)
     assert len(pairs) == len(data) == 36
     for k, sample in enumerate(data):
@@ -64,34 +72,32 @@ def test_all_pairs_are_in_the_order_of_the_training_data():
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_are_scored_as_the_original_module_with_each_source(seed, sigmoid):
-    predicted, kernels = made_up(seed), [WEIGHTS / 30, MIDDLE / 20, -WEIGHTS / 50]
+    predicted, kernels = made(seed), [WEIGHTS / 30, MIDDLE / 20, -WEIGHTS / 50]
     scored = Pairs(predicted, causes.with_next(range(3))).score(torch.stack(kernels), 1.5, sigmoid=sigmoid)
     assert scored.shape == (3, 3, 4, JOINTS)
     for kernel, found in zip(kernels, scored, strict=True):
         fusion = OriginalFusion(1.5, sigmoid, shape=SHAPE, initial=kernel)
-        np.testing.assert_array_equal(found, score(fusion, predicted, sources=1)["found"][:, :, 0])
+        np.testing.assert_array_equal(found, found_by(WithNext(fusion), predicted))
         with torch.no_grad():
-            maps = WithNext(fusion).all_views(predicted["output"], predicted["F"])
-        each = zip(maps.flatten(0, 2).numpy(), predicted["target"].flatten(0, 2).numpy(), strict=True)
-        literal = [literal_right(fused, target) for fused, target in each]
-        np.testing.assert_array_equal(found.ravel(), literal)
+            maps = WithNext(fusion).all_views(predicted.output, predicted.F)
+        np.testing.assert_array_equal(found, found_literally(maps, predicted.target))
     assert len({joint_mean(found) for found in scored}) > 1
 
 
 def test_each_joint_may_have_its_own_kernel_and_all_scenes_one_f():
-    predicted, chosen = made_up(4), causes.each_pair(range(3))
+    predicted, chosen = made(4), causes.each_pair(range(3))
     own = torch.randn(2, JOINTS, 3, 3, generator=torch.Generator().manual_seed(0)) / 60
     scored = Pairs(predicted, chosen).score(own)
     for j in range(JOINTS):
         np.testing.assert_array_equal(scored[..., j], Pairs(predicted, chosen).score(own[:, j])[..., j])
-    F = predicted["F"][1]
-    elsewhere = Pairs(predicted | {"F": F.expand(3, -1, -1, -1, -1)}, chosen).score(own)
+    F = predicted.F[1]
+    elsewhere = Pairs(replace(predicted, F=F.expand(3, -1, -1, -1, -1)), chosen).score(own)
     np.testing.assert_array_equal(Pairs(predicted, chosen, F).score(own), elsewhere)
 
 
 @pytest.mark.parametrize("collect", ["sum", "mean", "max"])
 def test_ridges_are_what_a_dense_mask_collects(collect):
-    predicted = made_up(1)
+    predicted = made(1)
     pairs = Pairs(predicted, causes.each_pair(range(3)))
     for k, (source, F) in enumerate(zip(pairs.source, pairs.F, strict=True)):
         one_each = torch.eye(SHAPE[0] * SHAPE[1]).unflatten(-1, SHAPE)
@@ -106,20 +112,20 @@ def test_ridges_are_what_a_dense_mask_collects(collect):
 @pytest.mark.parametrize("gain", [-0.02, 0.01, 0.05, 0.3])
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_quick_scores_of_a_gain_are_those_of_the_original_module(gain, sigmoid):
-    predicted = made_up(2, scenes=5)
+    predicted = made(2, scenes=5)
     pairs = Pairs(predicted, causes.with_next(range(5)))
     fusion = OriginalFusion(1.0, sigmoid, shape=SHAPE, initial=gain * MIDDLE)
-    literal = score(fusion, predicted, 1)["found"][:, :, 0]
-    np.testing.assert_array_equal(pairs.rescore(gain, sigmoid=sigmoid, chunk=3), literal)
-    np.testing.assert_array_equal(pairs.rescore(0.0), pairs.alone())
-    np.testing.assert_array_equal(pairs.alone(), score(None, predicted, 1)["found"][:, :, 0])
+    literal = found_by(WithNext(fusion), predicted)
+    np.testing.assert_array_equal(pairs.score(gain, sigmoid=sigmoid), literal)
+    np.testing.assert_array_equal(pairs.score(0.0), pairs.alone())
+    np.testing.assert_array_equal(pairs.alone(), found_by(None, predicted))
 
 
 def test_perfect_heatmaps_are_all_right_alone_and_survive_a_maximum_of_any_gain():
-    pairs = Pairs(made_up(3), causes.each_pair(range(3)), maps="target")
+    pairs = Pairs(made(3), causes.each_pair(range(3)), maps="target")
     for gain in (0.1, 1.0, 10.0):
-        assert np.nanmin(pairs.rescore(gain, collect="max")) == 1
-    assert joint_mean(pairs.rescore(10.0)) < 0.5
+        assert np.nanmin(pairs.score(gain, collect="max")) == 1
+    assert joint_mean(pairs.score(10.0)) < 0.5
 
 
 # The loss as a parabola
@@ -127,11 +133,10 @@ def test_perfect_heatmaps_are_all_right_alone_and_survive_a_maximum_of_any_gain(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_weights_are_numpys_least_squares(seed):
-    predicted = as_double(made_up(seed, 1))
+    predicted = as_double(made(seed, 1))
     small = torch.diag(torch.tensor([TINY[1] / SHAPE[1], TINY[0] / SHAPE[0], 1], dtype=torch.float64))
-    for key, other in (("output", 0), ("target", 9)):
-        predicted[key] = random_maps(1, 4, JOINTS, *TINY, seed=seed + other)
-    predicted["F"] = transfer(predicted["F"], small, small)
+    output, target = (random_maps(1, 4, JOINTS, *TINY, seed=seed + other) for other in (0, 9))
+    predicted = replace(predicted, output=output, target=target, F=transfer(predicted.F, small, small))
     chosen = causes.with_next(range(1))[:, :2]
     equations = NormalEquations.of(Pairs(predicted, chosen))
     systems = [explicit(predicted, at) for at in chosen[0]]
@@ -148,7 +153,7 @@ def test_the_best_weights_are_numpys_least_squares(seed):
 
 @pytest.mark.parametrize("threshold", [1.0, 2.5])
 def test_the_parabola_is_the_loss_of_the_module_and_its_gradient_is_autograds(threshold):
-    predicted = as_double(made_up(5))
+    predicted = as_double(made(5))
     pairs = Pairs(predicted, causes.with_next(range(3)))
     equations = NormalEquations.of(pairs, threshold)
     fusion = OriginalFusion(threshold, shape=SHAPE, initial=WEIGHTS).double()
@@ -162,7 +167,7 @@ def test_the_parabola_is_the_loss_of_the_module_and_its_gradient_is_autograds(th
 
 
 def test_nothing_is_better_than_the_best_weights_and_descent_ends_there():
-    equations = NormalEquations.of(Pairs(as_double(made_up(6)), causes.with_next(range(3))))
+    equations = NormalEquations.of(Pairs(as_double(made(6)), causes.with_next(range(3))))
     best = equations.solve()
     assert equations.gradient(best).abs().max() < 1e-12
     others = best + torch.randn(200, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 100
@@ -177,7 +182,7 @@ def test_nothing_is_better_than_the_best_weights_and_descent_ends_there():
 
 
 def test_training_on_the_equations_is_training_on_the_heatmaps():
-    predicted, seeds, settings = made_up(7), (3, 8), {"steps": 12, "batch": 5, "lr": 1e-2}
+    predicted, seeds, settings = made(7), (3, 8), {"steps": 12, "batch": 5, "lr": 1e-2}
     equations = NormalEquations.of(Pairs(predicted, causes.all_pairs(range(3))))
     path = equations.train(causes.initial_weights(seeds), seeds, **settings)
     assert path.shape == (2, 13, 9)
@@ -193,13 +198,13 @@ def test_training_on_the_equations_is_training_on_the_heatmaps():
 
 
 def test_what_a_band_counts_for_divides_the_ridge_by_the_number_of_its_pixels():
-    predicted = as_double(made_up(8, 1))
+    predicted = as_double(made(8, 1))
     pairs = Pairs(predicted, causes.each_pair(range(1)))
     mean, even = (NormalEquations.of(pairs, per_band=count) for count in (1.0, 40.0))
     (n, s, r), F = pairs.chosen[0, 0], pairs.F[0]
     count = redirect(torch.ones(SHAPE, dtype=torch.float64), F, 1.0).clamp_min(1)
-    A = (redirect(causes.nine_shifts(predicted["output"][n, s]), F, 1.0) / count).flatten(-2)
-    weight = predicted["weight"][n, r]
+    A = (redirect(causes.nine_shifts(predicted.output[n, s]), F, 1.0) / count).flatten(-2)
+    weight = predicted.weight[n, r]
     gram = weight[:, None, None] * (A @ A.mT) / A.shape[-1]
     torch.testing.assert_close(mean.gram[0], gram, rtol=1e-9, atol=1e-15)
     for ours, theirs in zip(vars(mean.scaled(40.0)).values(), vars(even).values(), strict=True):
@@ -289,15 +294,6 @@ def test_joints_are_counted_by_who_had_them_right():
             assert counts[r, s] == len(cell) and shares[r, s] == pytest.approx(np.mean(cell))
     counts, shares = causes.two_by_two(np.ones(3), np.ones(3), np.zeros(3))
     assert counts.tolist() == [[0, 0], [0, 3]] and shares[1, 1] == 0 and np.isnan(shares).sum() == 3
-
-
-def test_an_effect_is_the_paired_difference_over_scenes_of_the_mean_over_seeds():
-    rng = np.random.default_rng(1)
-    values, against = (rng.random((seeds, 40, 4, 5)) < p for seeds, p in ((3, 0.6), (1, 0.4)))
-    change, interval = causes.effect(values.astype(float), against.astype(float))
-    assert change == pytest.approx(values.mean() - against.mean())
-    assert interval == bootstrap(values.mean(0), against[0].astype(float)) and interval[0] < change < interval[1]
-    assert causes.effect(values.mean(0), values.mean(0)) == (0, (0, 0))
 
 
 def test_a_waterfall_reaches_from_each_value_to_the_next():

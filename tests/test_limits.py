@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_runs import made_up
+from scenes import made_up
 
 from epiutils.data import people
 from epiutils.data.dataset import Instant
@@ -11,6 +11,8 @@ from epiutils.epipolar import epipoles, point_line_distance
 from epiutils.fusion import RepairedFusion
 from epiutils.metrics import found
 from epiutils.studies.limits import FOCAL, bounds, by_views, hide, other_rig, seen_by, shifted
+
+SHAPE = (60, 80)
 
 
 def fusing(gain=0.8) -> RepairedFusion:
@@ -22,57 +24,54 @@ def fusing(gain=0.8) -> RepairedFusion:
 
 def off_lines(predicted) -> np.ndarray:
     """Distances (N, 12, J) in heatmap px of the joints from the lines of their partners."""
-    x = predicted["joints"] / 4
-    each = [
-        point_line_distance(predicted["F"][:, s, r], x[:, s], x[:, r]) for s in range(4) for r in range(4) if s != r
-    ]
+    x = predicted.joints / 4
+    each = [point_line_distance(predicted.F[:, s, r], x[:, s], x[:, r]) for s in range(4) for r in range(4) if s != r]
     return torch.stack(each, 1).numpy()
 
 
 @pytest.mark.parametrize("px", [5.0, 20.0])
 def test_a_calibration_that_is_off_moves_lines_by_what_it_says_and_not_the_pictures(px):
-    predicted = made_up(3)
+    predicted = made_up(3, shape=SHAPE)
     moved = shifted(predicted, px, seed=1)
-    unit = predicted["K"][0, 0, 0, 0].item() / FOCAL / 4  # heatmap px a px; all made-up cameras are alike
+    unit = predicted.K[0, 0, 0, 0].item() / FOCAL / 4  # heatmap px a px; all made-up cameras are alike
     assert off_lines(predicted).max() < 1e-6
     distance = off_lines(moved) / unit
     assert px / 4 < distance.mean() < 2 * px and distance.max() < 4 * px  # both pictures move, and lines turn a little
-    assert all(moved[key] is predicted[key] for key in predicted if key != "F")
+    assert all(getattr(moved, key) is value for key, value in vars(predicted).items() if key != "F")
     assert (
-        torch.linalg.svdvals(moved["F"][:, 0, 1])[:, 2].max()
-        < 1e-9 * torch.linalg.svdvals(moved["F"][:, 0, 1])[:, 0].max()
+        torch.linalg.svdvals(moved.F[:, 0, 1])[:, 2].max() < 1e-9 * torch.linalg.svdvals(moved.F[:, 0, 1])[:, 0].max()
     )
 
 
 def test_epipoles_move_with_the_picture_that_they_lie_in():
-    predicted = made_up(4)
-    unit = predicted["K"][0, 0, 0, 0].item() / FOCAL / 4
+    predicted = made_up(4, shape=SHAPE)
+    unit = predicted.K[0, 0, 0, 0].item() / FOCAL / 4
     ends = []
     for p in (predicted, shifted(predicted, 12.0)):
-        _, e = epipoles(p["F"][:, 0, 1])
+        _, e = epipoles(p.F[:, 0, 1])
         ends.append(e[:, :2] / e[:, 2:])
     step = torch.linalg.vector_norm(ends[1] - ends[0], dim=-1)
     torch.testing.assert_close(step, torch.full_like(step, 12.0 * unit), rtol=1e-4, atol=1e-6)
 
 
 def test_no_shift_changes_nothing_and_another_seed_is_another_direction():
-    predicted = made_up(5)
-    torch.testing.assert_close(shifted(predicted, 0.0)["F"], predicted["F"], atol=1e-12, rtol=0)
-    assert torch.equal(shifted(predicted, 3.0, 1)["F"], shifted(predicted, 3.0, 1)["F"])
-    assert not torch.allclose(shifted(predicted, 3.0, 1)["F"], shifted(predicted, 3.0, 2)["F"])
+    predicted = made_up(5, shape=SHAPE)
+    torch.testing.assert_close(shifted(predicted, 0.0).F, predicted.F, atol=1e-12, rtol=0)
+    assert torch.equal(shifted(predicted, 3.0, 1).F, shifted(predicted, 3.0, 1).F)
+    assert not torch.allclose(shifted(predicted, 3.0, 1).F, shifted(predicted, 3.0, 2).F)
 
 
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_fewer_views_are_every_subset_fused_on_its_own(views):
-    predicted, module = made_up(6, lost=0.4), fusing()
+    predicted, module = made_up(6, shape=SHAPE, lost=0.4), fusing()
     right = by_views(module, predicted, views)
     subsets = [c for c in np.ndindex(*(4,) * views) if sorted(set(c)) == list(c)]
     assert right.shape == (3, views * len(subsets), 5)
     for k, chosen in enumerate(map(list, subsets)):
         with torch.no_grad():
-            fused = module.all_views(predicted["output"][:, chosen], predicted["F"][:, chosen][:, :, chosen])
+            fused = module.all_views(predicted.output[:, chosen], predicted.F[:, chosen][:, :, chosen])
         for n in range(3):
-            expected = found(fused[n], predicted["target"][n, chosen])
+            expected = found(fused[n], predicted.target[n, chosen])
             np.testing.assert_array_equal(right[n, views * k : views * (k + 1)], expected)
 
 
@@ -112,12 +111,12 @@ def test_another_rig_sees_the_person_from_elsewhere(seed):
 
 
 def test_oracles_bound_what_they_say():
-    predicted, module = made_up(7, lost=0.5), fusing()
+    predicted, module = made_up(7, shape=SHAPE, lost=0.5), fusing()
     made = bounds(module, predicted)
-    alone = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    alone = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
     with torch.no_grad():
-        fused = module.all_views(predicted["output"], predicted["F"])
-    plain = np.stack([found(o, t) for o, t in zip(fused, predicted["target"], strict=True)])
+        fused = module.all_views(predicted.output, predicted.F)
+    plain = np.stack([found(o, t) for o, t in zip(fused, predicted.target, strict=True)])
     assert np.nanmean(made["perfect sources"]) > np.nanmean(plain) + 0.1
     assert np.nanmean(made["right sources only"]) >= np.nanmean(alone)
     for n, v, j in np.ndindex(alone.shape):
@@ -127,15 +126,15 @@ def test_oracles_bound_what_they_say():
 
 
 def test_sources_that_are_wrong_say_nothing_at_all():
-    predicted, module = made_up(8), fusing()  # every view is right …
-    elsewhere = made_up(9, lost=1.0)["output"]
-    predicted["output"] = predicted["output"] + 1.05 * elsewhere  # … but for a higher peak at another place
-    alone = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    predicted, module = made_up(8, shape=SHAPE), fusing()  # every view is right …
+    elsewhere = made_up(9, shape=SHAPE, lost=1.0).output
+    predicted.output.add_(1.05 * elsewhere)  # … but for a higher peak at another place
+    alone = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
     lost = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
     assert lost.sum() > 5
     silent = bounds(module, predicted)["right sources only"]
     np.testing.assert_array_equal(silent.transpose(0, 2, 1)[lost], alone.transpose(0, 2, 1)[lost])
     with torch.no_grad():
-        spoken = module.all_views(predicted["output"], predicted["F"])
-    right = np.stack([found(o, t) for o, t in zip(spoken, predicted["target"], strict=True)])
+        spoken = module.all_views(predicted.output, predicted.F)
+    right = np.stack([found(o, t) for o, t in zip(spoken, predicted.target, strict=True)])
     assert np.nanmean(right.transpose(0, 2, 1)[lost]) > 0.2  # had they spoken, their second peaks would have met

@@ -30,7 +30,7 @@ from epiutils.data.recordings import (
 )
 from epiutils.epipolar import symmetric_epipolar_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
-from epiutils.triangulate import from_heatmaps, projection_matrices
+from epiutils.triangulate import from_heatmaps
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing"
 WIDTH, HEIGHT, FRAMES = 160, 240, 24
@@ -313,7 +313,7 @@ def test_detections_as_a_network_would_predict_them_are_those_of_the_views(made)
         views = recording.views(recording.frames[t])
         np.testing.assert_allclose(seen.output[n], torch.stack([heatmaps(view) for view in views]), atol=1e-6)
         np.testing.assert_allclose(seen.joints[n], [view.joints for view in views])
-        P = projection_matrices(*(getattr(seen, key)[n] for key in "KRt"))
+        P = seen.P[n]
         np.testing.assert_allclose(P, [view.camera.P for view in views], atol=1e-9)
         x = [view.joints @ HEATMAP_FROM_INPUT[:2, :2].T + HEATMAP_FROM_INPUT[:2, 2] for view in views]
         for s, r in ((0, 1), (1, 0)):

@@ -1,82 +1,55 @@
 """The long experiments: what is scored, and that runs are kept, taken up, packed and read back as they were."""
 
-import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rigs import look_at, world_points
+from scenes import JOINTS, made_up
 
-from epiutils.epipolar import fundamental_from_cameras, transfer
 from epiutils.fusion import OriginalFusion, RepairedFusion
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 from epiutils.metrics import found
 from epiutils.studies import runs
 from epiutils.studies.runs import WithNext, evaluate, train_frozen
 
-SHAPE, JOINTS, SCENES = (60, 80), 5, 3  # of pictures of 320×240
-
-
-def made_up(seed=0, lost=0.0):
-    """What `predict` gives for scenes of four cameras; a share of the heatmaps has its peak elsewhere."""
-    rng, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    predicted = {key: [] for key in ("K", "R", "t", "joints", "joints_3d", "F")}
-    for n in range(SCENES):
-        angles = rng.uniform(0, 6) + np.array([0, 1.3, 2.9, 4.4])
-        cameras = [look_at((4 * np.cos(a), 4 * np.sin(a), 1.5), (0, 0, 1)) for a in angles]
-        X = world_points(10 * seed + n, JOINTS)
-        F = np.zeros((4, 4, 3, 3))
-        for s, r in itertools.permutations(range(4), 2):
-            F[s, r] = transfer(fundamental_from_cameras(cameras[s], cameras[r]), HEATMAP_FROM_INPUT, HEATMAP_FROM_INPUT)
-        joints = np.stack([camera.project(X) for camera in cameras])
-        arrays = [np.stack([getattr(c, key) for c in cameras]) for key in ("K", "R", "t")] + [joints, X, F]
-        for key, array in zip(predicted, arrays, strict=True):
-            predicted[key].append(torch.from_numpy(array))
-    predicted = {key: torch.stack(values) for key, values in predicted.items()}
-    at = predicted["joints"] / 4
-    elsewhere = torch.rand(at.shape, generator=draw, dtype=at.dtype) * torch.tensor([79.0, 59.0])
-    wrong = torch.rand(at.shape[:-1], generator=draw) < lost
-    predicted["output"] = render(torch.where(wrong[..., None], elsewhere, at), SHAPE).float()
-    predicted["target"] = render(at.round(), SHAPE).float()
-    predicted["weight"] = torch.ones(at.shape[:-1])
-    return predicted
+SHAPE = (60, 80)
 
 
 def test_perfect_heatmaps_are_found_and_triangulated():
-    scored = evaluate(None, made_up())
-    assert scored["found"].shape == (SCENES, 4, JOINTS) and scored["dlt_mm"].shape == (SCENES, JOINTS)
+    scored = evaluate(None, made_up(shape=SHAPE))
+    assert scored["found"].shape == (3, 4, JOINTS) and scored["dlt_mm"].shape == (3, JOINTS)
     assert np.nanmin(scored["found"]) == 1
     assert max(scored["dlt_mm"].max(), scored["robust_mm"].max()) < 1
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_lost_view_costs_plain_triangulation_more_than_the_robust_one(seed):
-    predicted = made_up(seed, lost=0.15)
+    predicted = made_up(seed, shape=SHAPE, lost=0.15)
     scored = evaluate(None, predicted)
-    literal = np.stack([found(o, t) for o, t in zip(predicted["output"], predicted["target"], strict=True)])
+    literal = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
     np.testing.assert_array_equal(scored["found"], literal)
     assert np.nanmean(scored["found"]) < 1
     assert np.nanmedian(scored["robust_mm"]) < 10 < np.nanmean(scored["dlt_mm"])
 
 
 def test_the_maps_of_modules_that_give_logarithms_become_probabilities_first():
-    predicted = made_up(1)
+    predicted = made_up(1, shape=SHAPE)
     module = RepairedFusion()
     with torch.no_grad():
         module.gain.fill_(0.7)
     scored = evaluate(module, predicted)
     assert np.nanmin(scored["found"]) == 1
     assert scored["dlt_mm"].max() < 30 and scored["robust_mm"].max() < 30
-    fused = module.all_views(predicted["output"], predicted["F"]).detach()
+    fused = module.all_views(predicted.output, predicted.F).detach()
     p = torch.softmax(module.sharpness.detach() * fused.flatten(-2), -1).view_as(fused)
-    np.testing.assert_allclose(evaluate(None, predicted | {"output": p})["dlt_mm"], scored["dlt_mm"], atol=1e-3)
-    assert np.abs(evaluate(None, predicted | {"output": fused})["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
+    np.testing.assert_allclose(evaluate(None, replace(predicted, output=p))["dlt_mm"], scored["dlt_mm"], atol=1e-3)
+    assert np.abs(evaluate(None, replace(predicted, output=fused))["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
 
 
 @pytest.mark.parametrize("views", [2, 4])
 def test_each_view_is_fused_with_the_next_camera(views):
-    predicted = made_up(2)
-    maps, F = predicted["output"][:, :views], predicted["F"][:, :views, :views]
+    predicted = made_up(2, shape=SHAPE)
+    maps, F = predicted.output[:, :views], predicted.F[:, :views, :views]
     torch.manual_seed(0)
     original = OriginalFusion(1.0, shape=SHAPE)
     with torch.no_grad():
@@ -87,7 +60,7 @@ def test_each_view_is_fused_with_the_next_camera(views):
 
 
 def test_the_same_seed_trains_the_same_module():
-    heatmaps = made_up(4, lost=0.3)
+    heatmaps = made_up(4, shape=SHAPE, lost=0.3)
     modules = [train_frozen("repaired_frozen", heatmaps, seed, steps=3)[0] for seed in (0, 0, 1)]
     first, again, other = ([p.detach() for p in module.parameters()] for module in modules)
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
@@ -174,13 +147,13 @@ def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path
 
 
 def test_a_stored_module_is_the_one_that_was_trained():
-    module, predicted = RepairedFusion(), made_up(3, lost=0.3)
+    module, predicted = RepairedFusion(), made_up(3, shape=SHAPE, lost=0.3)
     with torch.no_grad():
         for k, parameter in enumerate(module.parameters()):
             parameter += 0.1 * (k + 1)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()]).numpy()
-    again = runs.stored_module(weights).all_views(predicted["output"], predicted["F"])
-    assert torch.equal(again, module.all_views(predicted["output"], predicted["F"]).detach())
+    again = runs.stored_module(weights).all_views(predicted.output, predicted.F)
+    assert torch.equal(again, module.all_views(predicted.output, predicted.F).detach())
 
 
 @pytest.mark.parametrize("point", ["original", "best"])

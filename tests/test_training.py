@@ -20,6 +20,7 @@ from torch import nn
 
 from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.people import scene
+from epiutils.data.views import Predicted
 from epiutils.heatmaps import accuracy
 from epiutils.networks.batchnorm import GlobalBatchNorm2d, synchronised
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, provenance
@@ -289,10 +290,11 @@ def test_global_batch_norm_alone_is_batch_norm(training, tmp_path):
 def test_scores_of_perfect_and_of_shifted_maps():
     data = MultiView([scene(9, "walk", f, 2) for f in (3, 50)])
     batch = torch.utils.data.default_collate([data[0], data[1]])
-    assert set(scores(batch | {"output": batch["target"]}).values()) == {1.0}
+    del batch["image"]
+    assert set(scores(Predicted(output=batch["target"], **batch)).values()) == {1.0}
     moved = batch["target"].roll(4, -1)  # 4 px are wrong, 3 px are right
     wrong = torch.where(batch["visible"][..., None, None], batch["target"], moved)
-    measured = scores(batch | {"output": wrong})
+    measured = scores(Predicted(output=wrong, **batch))
     assert measured["pck_visible"] == 1 and measured["pck_occluded"] == 0
     assert measured["pck"] == pytest.approx(batch["visible"].double().mean().item(), abs=1e-9)
     assert measured["accuracy"] == accuracy(wrong.flatten(0, 1), batch["target"].flatten(0, 1))
@@ -304,11 +306,11 @@ def test_predict_gives_evaluation_mode_maps_in_order():
     network = PoseHRNet(width=4, modules=(1, 1, 1), blocks=1, stem=(8, 8), stem_blocks=1).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     predicted = predict(network, data, batch=2)
-    assert network.training and predicted["output"].shape == (3, 4, 17, 16, 16) and "image" not in predicted
+    assert network.training and predicted.output.shape == (3, 4, 17, 16, 16)
     assert_same(network.state_dict(), before)
     again = predict(network, data, batch=1)
-    torch.testing.assert_close(predicted["output"], again["output"], rtol=1e-4, atol=1e-6)
-    assert torch.equal(predicted["joints"][2], data[2]["joints"])
+    torch.testing.assert_close(predicted.output, again.output, rtol=1e-4, atol=1e-6)
+    assert torch.equal(predicted.joints[2], data[2]["joints"])
 
 
 # The checkpoints that ship

@@ -1,0 +1,406 @@
+"""Heatmaps that are computed once, and the scores of fusing them, against literal loops."""
+
+import itertools
+import math
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, literal_views, made_up, repaired, toy
+from test_human36m import labels, write_jpeg, write_karfly
+from torch import nn
+
+from epiutils.data import people
+from epiutils.data.dataset import SPLITS, Benchmark, MultiView
+from epiutils.data.human36m import Human36M
+from epiutils.data.views import Predicted
+from epiutils.fusion import OriginalFusion
+from epiutils.heatmaps import accuracy, render
+from epiutils.metrics import bootstrap, joint_mean
+from epiutils.networks.hrnet import load_checkpoint, normalise, save_checkpoint
+from epiutils.networks.predict import predict
+from epiutils.studies import predicted as studied
+from epiutils.studies.fitting import PAIRS, HeatmapPairs, PicturePairs
+from epiutils.studies.predicted import (
+    choose,
+    effect,
+    found_by,
+    fuse_views,
+    heatmaps_once,
+    open_split,
+    peaks,
+    summary,
+    training_pictures,
+    triangulated,
+)
+from epiutils.studies.runs import WithNext
+from epiutils.triangulate import projection_matrices
+
+TEST = ((9,), 1, 1, 30_000)  # 14 instants
+
+
+class Sources(nn.Module):
+    """Every view's maps are replaced by the next view's."""
+
+    def all_views(self, heatmaps, F):
+        assert not torch.is_grad_enabled() and heatmaps.shape == (1, 4, JOINTS, *SHAPE) and F.shape == (1, 4, 4, 3, 3)
+        return heatmaps.roll(-1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scored_views_are_a_literal_loop(seed):
+    predicted, module = made_up(seed, twice=0.5), repaired()
+    before = {key: value.clone() for key, value in vars(predicted).items()}
+    right, given = found_by(module, predicted), list(fuse_views(module, predicted))
+    with torch.no_grad():
+        fused = literal_views(module, predicted.output, predicted.F)
+    torch.testing.assert_close(torch.stack(given), fused, rtol=1e-4, atol=1e-4)
+    assert right.shape == (3, 4, JOINTS) and not any(maps.requires_grad for maps in given)
+    np.testing.assert_array_equal(right, found_literally(torch.stack(given), predicted.target))
+    assert (right != found_by(None, predicted)).any() and torch.is_grad_enabled()
+    crossed = found_literally(predicted.output.roll(-1, 1), predicted.target)  # scored against the reference view
+    np.testing.assert_array_equal(found_by(Sources(), predicted), crossed)
+    assert np.nanmin(found_by(None, replace(predicted, output=predicted.target))) == 1
+    assert all(torch.equal(value, before[key]) for key, value in vars(predicted).items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_pair_module_of_every_view_and_the_next_is_a_literal_loop(seed):
+    predicted = made_up(seed, twice=0.5)
+    module, dense = (
+        OriginalFusion(1.5, shape=SHAPE, initial=WEIGHTS / 30, method=method) for method in ("pencil", "dense")
+    )
+    right, expected = found_by(WithNext(module), predicted), np.empty((3, 4, JOINTS))
+    for n, r in np.ndindex(3, 4):
+        s = (r + 1) % 4
+        with torch.no_grad():
+            maps = dense(predicted.output[n, s][None], predicted.output[n, r][None], predicted.F[n, s, r])
+        expected[n, r] = found_literally(maps, predicted.target[n, r][None])[0]
+    np.testing.assert_array_equal(right, expected)
+    assert 0 < np.nanmean(right) < 1 and module.weight.grad is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_module_the_score_is_the_accuracy_of_the_views(seed):
+    predicted = made_up(seed, twice=0.5)
+    predicted.target[:, :, 1] = 0  # a joint that is nowhere
+    alone = found_by(None, predicted)
+    np.testing.assert_array_equal(alone, found_literally(predicted.output, predicted.target))
+    expected = accuracy(predicted.output.flatten(0, 1), predicted.target.flatten(0, 1))
+    assert joint_mean(alone) == pytest.approx(expected, abs=1e-12) and 0 < expected < 1
+    silent = WithNext(OriginalFusion(shape=SHAPE, initial=0 * WEIGHTS))
+    np.testing.assert_array_equal(found_by(silent, predicted), alone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_summary_splits_the_accuracy_into_that_of_visible_and_of_hidden_joints(seed):
+    predicted = made_up(seed, scenes=4, twice=0.5)
+    right = found_by(None, predicted)
+    given = summary(right, predicted.visible)
+    output, target, seen = (a.flatten(0, 1) for a in (predicted.output, predicted.target, predicted.visible))
+    assert given.keys() == {"accuracy", "accuracy_ci", "accuracy_visible", "accuracy_occluded"}
+    assert given["accuracy"] == pytest.approx(accuracy(output, target), abs=1e-12) and given["accuracy"] == joint_mean(
+        right
+    )
+    for key, counted in (("accuracy_visible", seen), ("accuracy_occluded", ~seen)):
+        assert given[key] == pytest.approx(accuracy(output, target * counted[..., None, None]), abs=1e-12)
+    low, high = given["accuracy_ci"]
+    assert low < given["accuracy"] < high and (low, high) == bootstrap(right)
+    other = found_by(Sources(), predicted)
+    assert summary(np.stack([right, other]), predicted.visible) == summary((right + other) / 2, predicted.visible)
+
+
+def test_where_no_joint_is_hidden_their_accuracy_is_no_number():
+    given = summary(found_by(None, made_up(twice=0.5)), torch.ones(3, 4, JOINTS, dtype=torch.bool))
+    assert given["accuracy_visible"] == given["accuracy"] and math.isnan(given["accuracy_occluded"])
+
+
+def test_an_effect_is_the_paired_difference_over_scenes_of_the_mean_over_seeds():
+    rng = np.random.default_rng(1)
+    values, against = (rng.random((seeds, 40, 4, 5)) < p for seeds, p in ((3, 0.6), (1, 0.4)))
+    change, interval = effect(values.astype(float), against.astype(float))
+    assert change == pytest.approx(values.mean() - against.mean())
+    assert interval == bootstrap(values.mean(0), against[0].astype(float)) and interval[0] < change < interval[1]
+    assert effect(values.mean(0), values.mean(0)) == (0, (0, 0))
+
+
+# Some instants, some views, and what is triangulated
+
+
+def test_some_instants_and_some_views_are_those_of_every_field():
+    predicted = made_up(scenes=4)
+    for instants in (slice(1, None, 2), [3, 0], np.array([2])):
+        some = predicted[instants]
+        for name, value in vars(predicted).items():
+            assert torch.equal(getattr(some, name), value[instants]), name
+    some = predicted.of_views([2, 0])
+    assert torch.equal(some.F, predicted.F[:, [2, 0]][:, :, [2, 0]]) and torch.equal(
+        some.joints_3d, predicted.joints_3d
+    )
+    for name in ("output", "K", "R", "t", "joints", "target", "weight", "visible"):
+        assert torch.equal(getattr(some, name), getattr(predicted, name)[:, [2, 0]]), name
+    assert len(predicted[:0]) == 0 and replace(predicted, target=None)[1:].target is None
+    np.testing.assert_allclose(predicted.P, projection_matrices(predicted.K, predicted.R, predicted.t))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_perfect_views_see_is_triangulated_to_the_joints(seed):
+    predicted = made_up(seed, shape=(60, 80))
+    x, points = triangulated(None, predicted)
+    inside = torch.isfinite(predicted.joints).all(-1).numpy()
+    np.testing.assert_allclose(x.swapaxes(1, 2)[inside], predicted.joints.numpy()[inside], atol=0.1)
+    assert list(points) == ["DLT", "weighted", "robust"]
+    for X in points.values():
+        np.testing.assert_allclose(X, predicted.joints_3d, atol=2e-3)
+
+
+def test_a_view_that_is_lost_is_rejected_and_counts_by_its_height():
+    predicted = made_up(1, shape=(60, 80))
+    predicted.output[:, 2] = 0.1 * predicted.output[:, 2].roll(15, -1)  # elsewhere, and faint
+    true = predicted.joints_3d.numpy()
+    off = {name: np.linalg.norm(X - true, axis=-1).mean() for name, X in triangulated(None, predicted)[1].items()}
+    assert off["robust"] < 2e-3 < off["weighted"] < 0.3 * off["DLT"]
+    predicted.output[:, 2] = 0  # an empty map says nothing
+    assert np.linalg.norm(triangulated(None, predicted)[1]["DLT"] - true, axis=-1).max() < 2e-3
+
+
+def test_peaks_are_in_pixels_of_the_input_and_as_high_as_the_maps():
+    maps = render(torch.tensor([[[20.3, 10.6]], [[5.0, 7.5]]]).double(), SHAPE, peak=torch.tensor([[0.8], [0.3]]))
+    where, heights = peaks(maps)
+    np.testing.assert_allclose(where, 4 * np.array([[[20.3, 10.6], [5.0, 7.5]]]), atol=1e-3)
+    assert heights.shape == (1, 2) and heights[0, 0] == maps[0].max()
+
+
+# Heatmaps computed once
+
+
+def predict_here(network, data, workers, **settings) -> Predicted:
+    """`predict` without the seconds that a worker needs to begin, but of the data as it would get it."""
+    assert workers > 0
+    return predict(network, pickle.loads(pickle.dumps(data)), **settings)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own, splits of 14 instants, and two checkpoints of a tiny network."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        points = {point: folder / f"{point}.safetensors" for point in ("original", "best")}
+        for seed, path in enumerate(points.values()):
+            save_checkpoint(path, toy(seed))
+        patch.setattr(studied, "CHECKPOINTS", points)
+        patch.setitem(SPLITS, "test", TEST)
+        patch.setitem(SPLITS, "train", ((1,), 1, 1, 10_000))
+        patch.setenv("EPIUTILS_CACHE", str(folder))
+        patch.setattr(studied, "predict", predict_here)
+        yield folder
+
+
+def kept(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("heatmaps-*")}
+
+
+@pytest.fixture
+def asked(cache, monkeypatch, tmp_path) -> list:
+    """Which instants are predicted, by a stand-in that renders nothing, in an empty cache."""
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path))
+    monkeypatch.setattr(Benchmark, "prepare", lambda self, **_: self)
+    asked = []
+
+    def stand_in(network, data, **_):
+        asked.append([data.scenes.dataset.instants[i] for i in data.scenes.indices])
+        maps = network.final_layer.weight.detach().flatten()[:24].reshape(4, 6).repeat(len(data), 1, 1, 1, 1)
+        nothing = torch.zeros(len(data), 1)
+        return Predicted(maps, *[nothing] * 4, torch.zeros(len(data), 1, 1, 2), torch.zeros_like(maps))
+
+    monkeypatch.setattr(studied, "predict", stand_in)
+    return asked
+
+
+def test_the_heatmaps_are_what_the_network_sees_in_half_precision(cache, monkeypatch):
+    predicted = heatmaps_once("best", scenes=slice(0, 2), progress=False)
+    network, data = load_checkpoint(studied.CHECKPOINTS["best"]), MultiView(Benchmark("test"))
+    output, rest = predicted.output, {k: v for k, v in vars(predicted).items() if k != "output"}
+    assert output.shape == (2, 4, 17, 64, 64) and output.dtype == torch.float32
+    for n in range(2):
+        sample = data[n]
+        with torch.no_grad():
+            maps = network(normalise(sample.pop("image")))
+        torch.testing.assert_close(output[n], maps, rtol=2**-10, atol=1e-4)
+        assert not torch.equal(output[n], maps) and torch.equal(output[n], output[n].half().float())
+        assert sample.keys() == rest.keys()
+        for key, value in sample.items():
+            assert torch.equal(rest[key][n], value) and rest[key].dtype == value.dtype, key
+
+    assert len(list(Benchmark("test").folder.iterdir())) == 2  # no more are rendered than asked for
+    ((path, written),) = kept(cache).items()
+    assert path.name.startswith("heatmaps-best-test-")
+    stored = torch.load(path, weights_only=True)
+    assert [key for key, value in stored.items() if value.dtype == torch.float16] == ["output"]
+    assert "target" not in stored  # twice the room of all the rest, and soon made of the joints
+    for name in ("predict", "load_checkpoint"):
+        monkeypatch.delattr(studied, name)  # once is enough
+    monkeypatch.setattr(Benchmark, "__getitem__", None)
+    again = heatmaps_once("best", "test", slice(0, 2))
+    assert torch.equal(again.output, output) and all(torch.equal(getattr(again, k), v) for k, v in rest.items())
+    assert kept(cache) == {path: written}
+
+
+def test_a_pair_of_heatmaps_is_the_pair_of_pictures_seen(cache):
+    heatmaps = HeatmapPairs(heatmaps_once("best", scenes=slice(0, 2), progress=False))
+    benchmark = Benchmark("test")
+    pictures = PicturePairs(MultiView([benchmark[0], benchmark[1]]))
+    network = load_checkpoint(studied.CHECKPOINTS["best"])
+    for i in (0, 10, 17):
+        maps, sample = heatmaps[i], pictures[i]
+        for key in ("target", "weight", "F"):
+            assert torch.equal(maps[key], sample[key])
+        for key in ("source", "reference"):
+            with torch.no_grad():
+                torch.testing.assert_close(maps[key], network(normalise(sample[key]))[0], rtol=2**-10, atol=1e-4)
+
+
+def test_the_same_instants_are_predicted_once_however_they_are_named(asked, tmp_path):
+    first = heatmaps_once("best", scenes=slice(0, 2))
+    for scenes in (slice(2), slice(-14, 2), slice(0, 2, 1), slice(-20, -12)):
+        assert torch.equal(heatmaps_once("best", "test", scenes).output, first.output)
+    assert asked == [Benchmark("test").instants[:2]] and len(kept(tmp_path)) == 1
+
+
+def test_another_checkpoint_slice_split_or_renderer_has_another_file(asked, tmp_path, monkeypatch):
+    test = Benchmark("test").instants
+    expected = []
+
+    def computes(instants, *arguments):
+        before = kept(tmp_path)
+        given = heatmaps_once(*arguments)
+        expected.append(instants)
+        assert asked == expected and len(given.output) == len(instants)
+        assert len(kept(tmp_path)) == len(expected) and before.items() <= kept(tmp_path).items()
+        return given.output
+
+    best = computes(test[:2], "best", "test", slice(0, 2))
+    assert not torch.equal(computes(test[:2], "original", "test", slice(0, 2)), best)
+    computes(test[:1], "best", "test", slice(0, 1))
+    computes(test[1:3], "best", "test", slice(1, 3))
+    computes(test[1::-1], "best", "test", slice(1, None, -1))
+    computes(test, "best")
+    computes(Benchmark("train").instants[:2], "best", "train", slice(0, 2))
+    save_checkpoint(tmp_path / "trained on.safetensors", toy(7))
+    with monkeypatch.context() as patch:
+        patch.setitem(studied.CHECKPOINTS, "best", tmp_path / "trained on.safetensors")
+        assert not torch.equal(computes(test[:2], "best", "test", slice(0, 2)), best)
+    with monkeypatch.context() as patch:
+        (tmp_path / "people.py").write_text("different")
+        patch.setattr(people, "__file__", str(tmp_path / "people.py"))
+        computes(test[:2], "best", "test", slice(0, 2))
+    with monkeypatch.context() as patch:
+        patch.setitem(SPLITS, "test", ((9,), 1, 1, 40_000))
+        computes(Benchmark("test").instants[:2], "best", "test", slice(0, 2))
+    assert torch.equal(heatmaps_once("best", "test", slice(0, 2)).output, best.half().float())
+    assert len(asked) == len(expected)
+
+
+def test_a_file_that_could_not_be_written_is_not_there(asked, tmp_path, monkeypatch):
+    def half(_, path):
+        path.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="disk full"):
+            heatmaps_once("best", scenes=slice(0, 2))
+    assert not list(tmp_path.iterdir())
+    heatmaps_once("best", scenes=slice(0, 2))
+    assert len(asked) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_training_pictures_are_the_splits_own_in_every_epoch(cache):
+    data = training_pictures(scenes=slice(1, 2))
+    assert len(data) == 12
+    views = Benchmark("train")[1]
+    for i, (s, r) in enumerate(PAIRS):
+        for epoch in (0, 3):
+            sample = data.sample(i, epoch)
+            np.testing.assert_array_equal(sample["source"], views[s].image)
+            np.testing.assert_array_equal(sample["reference"], views[r].image)
+    assert len(list(Benchmark("train").folder.glob("s01_*_jpg.npz"))) == 1
+
+
+# Human3.6M in place of the benchmark
+
+ONE_AND_NINE = {"train": [(1, 2, 1, 1 + 5 * k) for k in range(11)], "test": [(9, 2, 1, 1 + 64 * k) for k in range(130)]}
+OTHERS = {"train": (5, 2, 1, 1), "test": (11, 2, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def human36m(tmp_path_factory):
+    """Subjects 1 and 9 among others in karfly's layout, every picture the same grey."""
+    folder = tmp_path_factory.mktemp("human36m")
+    write_karfly(folder, labels([*ONE_AND_NINE["train"], *ONE_AND_NINE["test"], *OTHERS.values()]))
+    for split, subject in (("train", 1), ("test", 9)):
+        data = Human36M(folder, split, subjects=(subject,))
+        for shot in itertools.chain(*data.shots):
+            write_jpeg(folder / shot.picture, np.full((1000, 1000, 3), 128, np.uint8))
+    return folder
+
+
+def test_the_splits_are_subject_1_and_subject_9_as_the_original_had_them(human36m, tmp_path):
+    assert type(open_split("test")) is Benchmark and open_split("train").split == "train"
+    for split, subject, every in (("train", 1, 5), ("test", 9, 64)):
+        data = open_split(split, str(human36m))
+        images = [image for *_, image in ONE_AND_NINE[split]]
+        assert type(data) is Human36M and [i.image for i in data.instants] == images[::every]
+        assert {i.subject for i in data.instants} == {subject}
+    with pytest.raises(KeyError, match="train-large"):
+        open_split("train-large", str(human36m))
+    with pytest.raises(FileNotFoundError):
+        open_split("test", str(tmp_path))
+
+
+def test_instants_are_chosen_by_a_slice_or_evenly_by_number():
+    assert choose(range(10)) == range(10) and choose("abcde", slice(1, None, 2)) == range(1, 5, 2)
+    assert list(choose(range(10), 3)) == [0, 3, 6] and list(choose(range(420), 5)) == [0, 84, 168, 252, 336]
+    for there, wanted in itertools.product((1, 2, 7, 840), (1, 2, 3, 100)):
+        chosen = list(choose(range(there), wanted))
+        assert len(chosen) == min(there, wanted) and chosen == sorted(set(chosen)) and chosen[0] == 0
+        assert chosen[-1] < there and len(set(np.diff(chosen))) <= 1
+
+
+def test_heatmaps_of_human36m_are_computed_once_by_any_checkpoint(asked, human36m, tmp_path):
+    def computes(*arguments, **settings):
+        before = len(asked)
+        given = heatmaps_once(*arguments, dataset=str(human36m), **settings)
+        assert heatmaps_once(*arguments, dataset=str(human36m), **settings).output.equal(given.output)
+        assert len(asked) == before + 1 and len(kept(tmp_path)) == before + 1
+        return given.output, [i.image for i in asked[-1]]
+
+    best, test = computes("best", "test")
+    assert test == [1, 1 + 64 * 64, 1 + 64 * 128]
+    assert computes("best", "test", 2)[1] == test[:2] and computes("best", "train", slice(1, 3))[1] == [26, 51]
+    own = tmp_path / "pose_hrnet.safetensors"
+    save_checkpoint(own, toy(11))
+    assert not torch.equal(computes(str(own), "test")[0], best)
+    assert any(path.name.startswith("heatmaps-pose_hrnet-test-") for path in kept(tmp_path))
+    file = open_split("test", str(human36m)).file
+    changed = file.stat().st_mtime_ns + 10**9
+    os.utime(file, ns=(changed, changed))  # the annotations were written anew
+    computes("best", "test")
+
+
+def test_what_the_network_sees_in_human36m_is_what_it_sees_in_the_benchmark(cache, human36m):
+    predicted = heatmaps_once("best", "test", 1, progress=False, dataset=str(human36m))
+    sample = MultiView(open_split("test", str(human36m)))[0]
+    with torch.no_grad():
+        maps = load_checkpoint(studied.CHECKPOINTS["best"])(normalise(sample.pop("image")))
+    torch.testing.assert_close(predicted.output[0], maps, rtol=2**-10, atol=1e-4)
+    assert predicted.visible.all() and all(
+        torch.equal(getattr(predicted, key)[0], value) for key, value in sample.items()
+    )
+    found = summary(found_by(None, predicted), predicted.visible)
+    assert math.isnan(found["accuracy_occluded"]) and found["accuracy_visible"] == found["accuracy"]
+    pictures = training_pictures("train", 1, str(human36m))
+    assert len(pictures) == 12 and pictures[0]["source"].shape == (256, 256, 3)
