@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,6 +35,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
+    "axes.prop_cycle": cycler(color=COLOURS),
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "lines.linewidth": 1.8,
@@ -181,23 +183,26 @@ def skeleton3d(
     return ax
 
 
-def offsets3d(ax: Axes3D, start, end, colour=RED) -> Axes3D:
-    """A thin line from each point (N, 3) to its partner (N, 3): from the true joints to the predicted ones."""
-    lines = np.stack([np.asarray(start, dtype=float), np.asarray(end, dtype=float)], 1)  # (N, 2, 3)
-    ax.add_collection3d(Line3DCollection(lines, colors=colour, linewidths=1.2))
-    return ax
-
-
 def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", marker: str = "o") -> Axes:
     """One labelled curve for each name of `series`; log: the axes ("x", "y", "xy") that are logarithmic."""
-    for colour, (name, y) in zip(COLOURS, series.items(), strict=False):
-        ax.plot(x, y, marker=marker, markersize=4.5, color=colour, label=name)
+    for name, y in series.items():
+        ax.plot(x, y, marker=marker, markersize=4.5, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, **{f"{axis}scale": "log" for axis in log})
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.set_xticks(x, [f"{value:g}" for value in x])
     ax.minorticks_off()
     ax.legend(fontsize=9, frameon=False)
+    return ax
+
+
+def nine(ax: Axes, values, label: str = "") -> Axes:
+    """How the nine numbers of a 3×3 weight change, values (steps, 9): a row is a colour, a column a kind of line."""
+    for k, curve in enumerate(np.asarray(values).T):
+        row, column = divmod(k, 3)
+        ax.plot(curve, color=(BLUE, ORANGE, GREEN)[row], ls=("-", "--", ":")[column], lw=1.2, label=f"{row}, {column}")
+    ax.set(xlabel="iteration", ylabel=label)
+    ax.legend(title="row, column", fontsize=7.5, title_fontsize=8, ncols=3, frameon=False)
     return ax
 
 
@@ -210,8 +215,6 @@ def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, un
     """
     labels, values, intervals = zip(*steps, strict=True)
     last = len(steps) - 1
-    ends = [(values[y - 1] if 0 < y < last else 0) + high for y, (_, high) in enumerate(intervals)]
-    right = 1.02 * max(*values, *ends, *(single for of_step in dots or () for single in of_step))
     for y, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
         whole = y in (0, last)
         before = 0.0 if whole else values[y - 1]
@@ -221,12 +224,13 @@ def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, un
         for single in dots[y] if dots else ():
             ax.plot(single, y, "o", ms=3.2, color="white", mec="#333333", mew=0.7, zorder=4)
         ax.plot((before + low, before + high), (y, y), color="#111111", lw=1.2, zorder=3)
-        text = f"{value:.1f} {unit}" if whole else f"{round(change, 1) + 0.0:+.1f}".replace("-", "−")
-        ax.text(1.16 * right, y, text, ha="right", va="center", fontsize=9.5)
         if y < last:
             ax.plot((value, value), (y - 0.31, y + 1.31), color="#999999", lw=0.7, zorder=1)
+        text = f"{value:.1f} {unit}" if whole else f"{round(change, 1) + 0.0:+.1f}".replace("-", "−")
+        beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 9.5}
+        ax.annotate(text, (1, y), (44, 0), ha="right", va="center", annotation_clip=False, **beside)
     ax.set_yticks(range(len(steps)), labels)
-    ax.set(xlim=(0, 1.16 * right), ylim=(last + 0.6, -0.6))
+    ax.set_ylim(last + 0.6, -0.6)
     ax.tick_params(axis="y", length=0, labelcolor="black")
     ax.spines["left"].set_visible(False)
     return ax

@@ -69,13 +69,6 @@ def test_a_skeleton_has_its_bones_its_joints_and_its_shadow_and_leaves_out_what_
     ax.figure.canvas.draw()
 
 
-def test_offsets_go_from_each_point_to_its_partner(ax):
-    moved = STANDING + np.random.default_rng(0).normal(0, 0.1, STANDING.shape)
-    assert plot.offsets3d(ax, STANDING, moved, plot.RED) is ax
-    (drawn,) = lines(ax)
-    np.testing.assert_array_equal(drawn, np.stack([STANDING, moved], 1))
-
-
 def test_what_is_seen_from_the_side_turns_with_the_azimuth(ax):
     """At an azimuth of 0° x comes towards the reader, so y is the picture's width; at 90° it is −x."""
     plot.stage(ax, STANDING)
@@ -106,6 +99,44 @@ def test_a_line_runs_through_the_picture_from_edge_to_edge_at_its_distance():
         np.testing.assert_allclose(segment @ line[:2] + line[2], 0, atol=1e-9)
         assert np.linalg.norm(segment[1] - segment[0]) > 2 * np.hypot(*shape)
     assert ax.get_xlim() == (-0.5, 63.5) and ax.get_ylim() == (47.5, -0.5)
+
+
+def test_every_line_has_a_colour_of_ours_and_the_nine_weights_differ():
+    _, ax = plot.figure()
+    drawn = [line.get_color() for line in ax.plot(np.eye(8))]
+    assert tuple(drawn) == plot.COLOURS
+    _, ax = plot.figure()
+    values = np.random.default_rng(0).random((5, 9))
+    assert plot.nine(ax, values, "w") is ax
+    looks = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == 9 and {color for color, _ in looks} < set(plot.COLOURS)
+    for k, line in enumerate(ax.lines):
+        np.testing.assert_array_equal(line.get_ydata(), values[:, k])
+    assert [text.get_text() for text in ax.get_legend().get_texts()][5] == "1, 2"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_waterfall_writes_beside_its_bars_also_where_figures_share_an_axis(order):
+    rows = [("first", 20.0, (18, 22)), ("up", 70.0, (47, 53)), ("down", 65.0, (-6, -4)), ("last", 65.0, (60, 70))]
+    high = [(name, value + 30, interval) for name, value, interval in rows]
+    fig, axes = plot.figure(2, 1, sharex=True)
+    for ax, steps in zip(axes, (rows, high)[::order], strict=True):
+        assert plot.waterfall(ax, steps) is ax
+    fig.canvas.draw()
+    for ax, steps in zip(axes, (rows, high)[::order], strict=True):
+        assert [text.get_text() for text in ax.texts] == [
+            f"{steps[0][1]:.1f} %",
+            "+50.0",
+            "−5.0",
+            f"{steps[3][1]:.1f} %",
+        ]
+        assert [bar.get_x() + bar.get_width() for bar in ax.patches] == [value for _, value, _ in steps]
+        ends = [
+            max(bar.get_window_extent().x1 for bar in ax.patches),
+            *(line.get_window_extent().x1 for line in ax.lines),
+        ]
+        assert max(ends) < min(text.get_window_extent().x0 for text in ax.texts)
+        assert max(text.get_window_extent().x1 for text in ax.texts) <= fig.bbox.x1
 
 
 # Tables
