@@ -80,7 +80,7 @@ def quick(monkeypatch, tmp_path):
         off[0, 0] = np.nan
         return {"found": right, "robust_mm": off, "losses": [1.0, 0.5], "seconds": 2.0}
 
-    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setattr(runs, "_run", run)
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
     arguments = ["--points", "original", "--methods", "hrnet", "alone", "--out", str(tmp_path / "runs")]
     return asked, lambda *more: runs.main([*arguments, *more]), run
@@ -107,11 +107,11 @@ def test_what_is_done_is_not_done_again_and_a_stop_loses_one_run(quick, monkeypa
             raise KeyboardInterrupt
         return run(point, method, seed)
 
-    monkeypatch.setattr(runs, "run", stopped)
+    monkeypatch.setattr(runs, "_run", stopped)
     with pytest.raises(KeyboardInterrupt):
         main("--seeds", "3")
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setattr(runs, "_run", run)
     asked.clear()
     main("--seeds", "3")
     assert asked == [("original", "alone", 1), ("original", "alone", 2)]

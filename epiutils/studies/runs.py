@@ -46,7 +46,7 @@ from epiutils.studies.predicted import CHECKPOINTS, found_by, heatmaps_once, tra
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results"
 SEEDS = 5
-FARTHEST = 65504.0  # mm, where half precision ends: as wrong as a joint can be stored
+_FARTHEST = 65504.0  # mm, where half precision ends: as wrong as a joint can be stored
 TRAINING = slice(0, 840, 8)  # of subject 1, for modules on frozen heatmaps
 
 
@@ -65,7 +65,7 @@ class WithNext(nn.Module):
         return torch.stack(views, 1)
 
 
-def views_mse(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
+def _views_mse(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
     """HRNet's loss of all views fused with each other."""
     return joints_mse(module.all_views(batch["heatmaps"], batch["F"]), batch["target"], batch["weight"])
 
@@ -88,18 +88,18 @@ TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
     "attention": (rivals.Attention, views_loss),
     "dense": (rivals.Dense, views_loss),
     # the repairs, one after the other …
-    "repair_start": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), views_mse),
+    "repair_start": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), _views_mse),
     "repair_loss": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), views_loss),
     "repair_normalise": (lambda: RepairedFusion(multiply=False, confidence=False), views_loss),
     "repair_multiply": (lambda: RepairedFusion(confidence=False), views_loss),
     # … and all but one of them
-    "without_loss": (RepairedFusion, views_mse),
+    "without_loss": (RepairedFusion, _views_mse),
     "without_normalise": (lambda: RepairedFusion(normalise=False), views_loss),
     "without_multiply": (lambda: RepairedFusion(multiply=False), views_loss),
 }
 # Methods that train the backbone too, on pictures
 FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hrnet_longer")
-FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
+_FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
 
 
 def train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
@@ -119,7 +119,7 @@ def train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) 
     return module.cpu(), rows
 
 
-def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, list[dict]]:
+def _train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, list[dict]]:
     """Backbone and module trained together, from the backbone of the point (and the fusion as given)."""
     torch.manual_seed(seed)
     network = load_checkpoint(CHECKPOINTS[point]).to(memory_format=torch.channels_last)
@@ -130,7 +130,7 @@ def train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[F
         return model, train(model, fusion_loss, data, steps=60, batch=8, lr=1e-3, weight_decay=0, log=watch,
                             schedule="constant", **settings)[1]  # fmt: skip
     model = FusedNetwork(network, fusion, method.endswith("frozen_statistics")).train()
-    data = MultiView(Benchmark(FREE_SPLIT[point]).prepare(), Augmentation(), seed=seed)
+    data = MultiView(Benchmark(_FREE_SPLIT[point]).prepare(), Augmentation(), seed=seed)
     alone = lambda model, batch, done: pose_loss(model.network, batch, 0.5)
     return model, train(model, alone if method == "hrnet_longer" else free_loss, data, steps=200, batch=4,
                         lr=1e-3 if point == "original" else 5e-4, warmup=10, clip=1.0, **settings)[1]  # fmt: skip
@@ -148,7 +148,7 @@ def evaluate(module: nn.Module | None, predicted: Predicted) -> dict[str, np.nda
     return {"found": found_by(module, predicted)} | off
 
 
-def quality(steps: int = 600, every: int = 50) -> dict:
+def _quality(steps: int = 600, every: int = 50) -> dict:
     """How much fusion gives at each quality of the backbone: HRNet trained from nothing on subject 1, fused on its way.
 
     Returns after every so many steps `step`, the accuracy `alone` and, behind a repaired module trained for 60 steps on
@@ -168,7 +168,7 @@ def quality(steps: int = 600, every: int = 50) -> dict:
     return {key: [row[key] for row in rows] for key in ("step", "alone", "fused")}
 
 
-def run(point: str, method: str, seed: int) -> dict:
+def _run(point: str, method: str, seed: int) -> dict:
     """One method at one operating point with one seed, trained and scored on the whole test set.
 
     Returns what `evaluate` gives, and for a backbone that was trained found_unfused, of its own maps; the trained
@@ -176,7 +176,7 @@ def run(point: str, method: str, seed: int) -> dict:
     `path` (steps, 2, 9) of the nine weights and their gradients.
     """
     if method == "quality":
-        return quality()
+        return _quality()
     test = heatmaps_once(point, progress=False)
     if method == "hrnet":
         return evaluate(None, test) | {"seconds": 0.0}
@@ -185,7 +185,7 @@ def run(point: str, method: str, seed: int) -> dict:
         if method != "original_free":
             fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
         start = time.perf_counter()
-        model, rows = train_free(method, point, seed, fusion)
+        model, rows = _train_free(method, point, seed, fusion)
         seconds = time.perf_counter() - start
         test = predict(model.network, MultiView(Benchmark("test")), workers=1)
         module = model.fusion.cpu()
@@ -218,7 +218,7 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
             if key.startswith("found"):
                 values = np.where(values > 1, np.nan, values.astype(np.float32))
             if key.endswith("_mm"):
-                values = np.minimum(values.astype(np.float64), FARTHEST)
+                values = np.minimum(values.astype(np.float64), _FARTHEST)
             methods.setdefault(method, {})[key] = values
         return methods | {"meta": json.loads(str(stored["meta"]))}
 
@@ -244,7 +244,7 @@ def _keep(path: Path, result: dict) -> None:
         if key.startswith("found"):
             arrays[key] = np.where(np.isnan(values), 2, values).astype(np.uint8)
         elif key.endswith("_mm"):
-            arrays[key] = np.minimum(values, FARTHEST).astype(np.float16)
+            arrays[key] = np.minimum(values, _FARTHEST).astype(np.float16)
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
                 path = chosen.out / f"{point}-{method}-{seed}.npz"
                 if path.exists():
                     continue
-                result = run(point, method, seed)
+                result = _run(point, method, seed)
                 _keep(path, result)
                 said = f", accuracy {100 * joint_mean(result['found']):5.1f} %" if "found" in result else ""
                 print(f"{point:9s} {method:31s} seed {seed}{said}", flush=True)
