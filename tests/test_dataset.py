@@ -3,6 +3,8 @@
 import hashlib
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -12,7 +14,7 @@ import torch
 
 from epiutils.cameras import Camera
 from epiutils.data import dataset, people, raycast
-from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView, instants
+from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 
 # Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.
@@ -48,26 +50,26 @@ def scenes(test_set) -> list:
 
 
 def test_splits_have_the_originals_subjects_and_share_no_seed():
-    assert {i.subject for i in instants("train")} == {1}
-    assert {i.subject for i in instants("test")} == {9}
-    assert {i.subject for i in instants("train-large")} == {1, 5, 6, 7, 8}
-    assert {i.subject for i in instants("test-large")} == {9, 11}
-    assert len(instants("test")) >= 400
-    assert instants("test-large")[: len(instants("test"))] == instants("test")
+    assert {i.subject for i in Benchmark("train").instants} == {1}
+    assert {i.subject for i in Benchmark("test").instants} == {9}
+    assert {i.subject for i in Benchmark("train-large").instants} == {1, 5, 6, 7, 8}
+    assert {i.subject for i in Benchmark("test-large").instants} == {9, 11}
+    assert len(Benchmark("test")) >= 400
+    assert Benchmark("test-large").instants[: len(Benchmark("test"))] == Benchmark("test").instants
     for train in ("train", "train-large"):
-        assert not {i.seed for i in instants(train)} & {i.seed for i in instants("test-large")}
+        assert not {i.seed for i in Benchmark(train).instants} & {i.seed for i in Benchmark("test-large").instants}
     for split in SPLITS:
-        asked = instants(split)
+        asked = Benchmark(split).instants
         assert len(set(asked)) == len(asked)
         assert {i.action for i in asked} == set(people.ACTIONS)
         performances = {(i.subject, i.action, i.seed) for i in asked}
         assert len(performances) == len({seed for *_, seed in performances})  # a room of its own
     with pytest.raises(ValueError, match="unknown split 'val': there are train, train-large, test"):
-        instants("val")
+        Benchmark("val")
 
 
 def test_the_test_set_is_fixed(test_set):
-    chosen = instants("test")
+    chosen = Benchmark("test").instants
     assert digest(repr([tuple(vars(i).values()) for i in chosen]).encode()) == INSTANTS
     parts = []
     for i in range(0, len(chosen), 42):
@@ -116,15 +118,31 @@ def test_no_half_files_and_damage_is_named(cache, test_set, monkeypatch):
     assert not path.exists() and not [p for p in path.parent.iterdir() if p.suffix != ".npz"]
 
 
-def test_prepare_renders_what_is_missing_in_parallel(tmp_path, monkeypatch):
-    monkeypatch.setitem(SPLITS, "test", ((9,), 1, 2, 30_000))
-    one = Benchmark("test", tmp_path / "one").prepare(workers=1, progress=False)
+UNGUARDED = """
+import sys, warnings
+from epiutils.data.dataset import Benchmark
+print("begins")
+with warnings.catch_warnings(record=True) as said:
+    benchmark = Benchmark("test", sys.argv[1]).prepare(workers=2, progress=False, only=range(20))
+print(len(list(benchmark.folder.iterdir())), *(w.message for w in said), sep="|")
+"""
+
+
+def test_prepare_renders_what_is_missing_in_parallel_or_in_one_process(tmp_path):
+    """A script that its own workers would run again gets its pictures from one process, and is told why."""
+    script, wanted = tmp_path / "script.py", range(20)
+    script.write_text(UNGUARDED)
+    ran = subprocess.run([sys.executable, script, tmp_path / "one"], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and ran.stderr == ""
+    *begun, last = ran.stdout.splitlines()
+    assert last.startswith("20|no workers: rendering in one process; ") and '`if __name__ == "__main__":`' in last
+    assert 2 <= len(begun) <= 3 and set(begun) == {"begins"}  # each worker as far as `prepare`, and no further
+    one = Benchmark("test", tmp_path / "one")
     stamps = {p.name: p.stat().st_mtime_ns for p in one.folder.iterdir()}
-    assert len(stamps) == len(one) == 28
-    one.prepare(progress=False)
+    one.prepare(progress=False, only=wanted)
     assert stamps == {p.name: p.stat().st_mtime_ns for p in one.folder.iterdir()}  # nothing twice
-    two = Benchmark("test", tmp_path / "two").prepare(workers=2, progress=False)
-    assert stamps.keys() == {p.name for p in two.folder.iterdir()}
+    two = Benchmark("test", tmp_path / "two").prepare(workers=2, progress=False, only=wanted)
+    assert stamps.keys() == {p.name for p in two.folder.iterdir()} and len(stamps) == 20
     for p in one.folder.iterdir():
         with np.load(p) as a, np.load(two.folder / p.name) as b:
             assert all(np.array_equal(a[key], b[key]) for key in a.files)

@@ -12,8 +12,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from files36m import labels, write_jpeg, write_karfly
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from test_human36m import labels, write_jpeg, write_karfly
 
 from epiutils.data.human36m import Human36M
 

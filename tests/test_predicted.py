@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from files36m import labels, write_jpeg, write_karfly
 from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, literal_views, made_up, repaired, toy
-from test_human36m import labels, write_jpeg, write_karfly
 from torch import nn
 
 from epiutils.data import people

@@ -16,14 +16,14 @@ from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import Camera
 from epiutils.data.calibration import write_calib
+from epiutils.data.recordings import _BONES as BONES
+from epiutils.data.recordings import _JOINTS as JOINTS
 from epiutils.data.recordings import (
-    BONES,
-    JOINTS,
     Status,
     _fit,
+    _guess_model,
     _picture,
     as_predicted,
-    guess_model,
     heatmaps,
     read_recording,
     realigned,
@@ -160,11 +160,11 @@ def test_guess_is_right_for_turned_bodies_and_refuses_when_unsure():
         for _ in range(50):
             X = body(model) @ Rotation.random(random_state=int(rng.integers(1 << 30))).as_matrix().T
             people = np.concatenate([X[None, :, :2] * 100, np.ones((1, 25, 1))], -1).repeat(2, 0)
-            assert guess_model(people) == model
+            assert _guess_model(people) == model
     with pytest.raises(ValueError, match="cannot tell BODY_25B from BODY_25.*model="):
-        guess_model(np.full((3, 25, 3), np.nan))
+        _guess_model(np.full((3, 25, 3), np.nan))
     with pytest.raises(ValueError, match="cannot tell"):
-        guess_model(rng.normal(size=(50, 25, 3)))
+        _guess_model(rng.normal(size=(50, 25, 3)))
 
 
 def test_undetected_keypoints_are_nan_with_confidence_zero(made):
@@ -466,8 +466,8 @@ def test_real_models_are_told_apart_in_single_frames(real):
         ends = {"midhip": ("lhip", "rhip"), "neck": ("lsho", "rsho")}.get(joint, (joint, joint))
         other[:, j] = (people[:, names[ends[0]]] + people[:, names[ends[1]]]) / 2
     for one, same in zip(people, other, strict=True):
-        assert guess_model(np.stack([one, one])) == "BODY_25B"
-        assert guess_model(np.stack([same, same])) == "BODY_25"
+        assert _guess_model(np.stack([one, one])) == "BODY_25B"
+        assert _guess_model(np.stack([same, same])) == "BODY_25"
 
 
 def test_real_random_frames_are_those_of_sequential_decoding(real):

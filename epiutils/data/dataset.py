@@ -1,7 +1,11 @@
 """What notebooks look at and what networks learn from: embedded people, recordings, and samples of several views.
 
-`Performance`, `Recording` and `Human36M` have `cameras`, `joints`, `bones`, `frames`, `views(frame)` and `detections`
-(V, T, J, 3).  A `Benchmark` is a sequence of instants, each a list of Views, as Human3.6M's reader is; `MultiView`
+What is filmed, a `Performance`, a `Recording` or a subject's part of `Human36M`, has V `cameras`, of the uncropped
+pictures; J names of `joints` and pairs of their numbers, `bones`; the numbers (T,) of its `frames`; `views(frame)`, the
+Views of one instant, cropped; and `detections` (V, T, J, 3), x and y in px of the uncropped pictures and a confidence
+from 0 to 1, exact projections where the joints are known.
+
+A `Benchmark` is a sequence of instants, each a list of Views, as Human3.6M's reader is; `MultiView`
 turns such a sequence into training samples.
 """
 
@@ -13,9 +17,11 @@ import itertools
 import multiprocessing
 import os
 import tomllib
+import warnings
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +36,7 @@ from epiutils.data import human36m, people, raycast
 from epiutils.data.files import replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.recordings import Recording, read_recording
-from epiutils.data.views import BONES, JOINTS, View, heatmap_fundamentals
+from epiutils.data.views import BONES, JOINTS, View, exact_detections, heatmap_fundamentals
 from epiutils.heatmaps import STRIDE, hrnet_targets
 
 CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # or the folder that EPIUTILS_CACHE names
@@ -53,17 +59,11 @@ class Performance:
     seed: int = 0
     length: int = 100
 
+    joints, bones = JOINTS, BONES
+
     @property
     def cameras(self) -> list[Camera]:
         return people.rig()
-
-    @property
-    def joints(self) -> tuple[str, ...]:
-        return JOINTS
-
-    @property
-    def bones(self) -> tuple[tuple[int, int], ...]:
-        return BONES
 
     @property
     def frames(self) -> np.ndarray:
@@ -71,10 +71,9 @@ class Performance:
 
     @property
     def detections(self) -> np.ndarray:
-        """Exact projections and a confidence of 1, in px of the uncropped pictures: (V, T, J, 3)."""
-        poses = np.stack([people.pose(self.subject, self.action, int(f), self.seed) for f in self.frames])
-        xy = np.stack([camera.project(poses) for camera in self.cameras])  # (V, T, J, 2)
-        return np.concatenate([xy, np.ones_like(xy[..., :1])], -1)
+        return exact_detections(
+            self.cameras, [people.pose(self.subject, self.action, int(f), self.seed) for f in self.frames]
+        )
 
     def views(self, frame: int) -> list[View]:
         """The cropped pictures of one instant, 256×256."""
@@ -103,7 +102,7 @@ class Instant:
     seed: int
 
 
-def instants(split: str) -> list[Instant]:
+def _instants(split: str) -> list[Instant]:
     """The instants of a split, in order; "test" is the beginning of "test-large"."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
@@ -128,7 +127,7 @@ class Benchmark(Sequence):
     """
 
     def __init__(self, split: str = "test", cache: str | os.PathLike | None = None):
-        self.split, self.instants = split, instants(split)
+        self.split, self.instants = split, _instants(split)
         self.folder = Path(cache or os.environ.get("EPIUTILS_CACHE", CACHE)) / f"people-{_version()}"
         self.lossless = split.startswith("test")
 
@@ -150,21 +149,32 @@ class Benchmark(Sequence):
     def prepare(
         self, workers: int | None = None, progress: bool = True, only: Sequence[int] | None = None
     ) -> Benchmark:
-        """Render all that is missing (of the instants `only`), in parallel; can be stopped and taken up again."""
+        """Render all that is missing (of the instants `only`), in parallel; can be stopped and taken up again.
+
+        Workers start by reading the script that started them: one without `if __name__ == "__main__":` would start
+        again in each.  Such a script gets its pictures from one process, and a warning.
+        """
         wanted = range(len(self)) if only is None else only
         missing = [i for i in wanted if not self._path(self.instants[i]).exists()]
         workers = min(workers or os.cpu_count() or 1, max(1, len(missing) // 10))
+        if workers > 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise SystemExit  # a worker that runs its parent's script again: the parent goes on alone
         bar = tqdm(total=len(missing), desc=f"rendering {self.split}", unit="scene", disable=not (progress and missing))
         with bar:
-            if workers <= 1:
-                for i in missing:
-                    self[i]
-                    bar.update()
-                return self
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
-                for _ in pool.map(self._render, missing, chunksize=6):
-                    bar.update()
+            if workers > 1:
+                context = multiprocessing.get_context("spawn")
+                try:
+                    with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+                        for _ in pool.map(self._render, missing, chunksize=6):
+                            bar.update()
+                    return self
+                except BrokenProcessPool:
+                    reason = 'a script that wants several has all it does under `if __name__ == "__main__":`'
+                    warnings.warn(f"no workers: rendering in one process; {reason}", stacklevel=2)
+                    bar.reset()
+            for i in missing:
+                self[i]
+                bar.update()
         return self
 
     def _render(self, index: int) -> None:

@@ -22,17 +22,17 @@ import numpy as np
 
 from epiutils.cameras import Camera, crop_affine
 from epiutils.data.pickles import unpickle
-from epiutils.data.views import BONES, JOINTS, View
+from epiutils.data.views import BONES, JOINTS, View, exact_detections
 
-CAMERAS = ("54138969", "55011271", "58860488", "60457274")
-ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting", "SittingDown",
-           "Smoking", "TakingPhoto", "Waiting", "Walking", "WalkingDog", "WalkingTogether")  # fmt: skip
+_CAMERAS = ("54138969", "55011271", "58860488", "60457274")
+_ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting",
+            "SittingDown", "Smoking", "TakingPhoto", "Waiting", "Walking", "WalkingDog", "WalkingTogether")  # fmt: skip
 SPLITS = {"train": ((1, 5, 6, 7, 8), 5), "test": ((9, 11), 64)}  # subjects; every n-th instant is taken
-DAMAGED = ((9, "Greeting", 2), (9, "SittingDown", 2), (9, "Waiting", 1))  # their 3D joints do not fit the pictures
-# karfly's joint j is the toolbox's FROM_TOOLBOX[j], and the toolbox's joint j is karfly's FROM_KARFLY[j]
-FROM_TOOLBOX = np.array([3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13, 9])
-FROM_KARFLY = np.argsort(FROM_TOOLBOX)
-MIRROR = np.array([0, 4, 5, 6, 1, 2, 3, 7, 8, 9, 10, 14, 15, 16, 11, 12, 13])
+_DAMAGED = ((9, "Greeting", 2), (9, "SittingDown", 2), (9, "Waiting", 1))  # their 3D joints do not fit the pictures
+# karfly's joint j is the toolbox's _FROM_TOOLBOX[j], and the toolbox's joint j is karfly's _FROM_KARFLY[j]
+_FROM_TOOLBOX = np.array([3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13, 9])
+_FROM_KARFLY = np.argsort(_FROM_TOOLBOX)
+_MIRROR = np.array([0, 4, 5, 6, 1, 2, 3, 7, 8, 9, 10, 14, 15, 16, 11, 12, 13])
 
 
 class Instant(NamedTuple):
@@ -47,7 +47,7 @@ class Instant(NamedTuple):
         return f"S{self.subject} {self.action}-{self.subaction} image {self.image}"
 
 
-class Shot(NamedTuple):
+class _Shot(NamedTuple):
     """A picture, named as below the folder or in the zip, its camera, and the square that the annotated box makes."""
 
     picture: str
@@ -93,9 +93,9 @@ class Human36M(Sequence):
         for instant, v, record in read(self.file):
             if instant.subject not in wanted:
                 continue
-            group = groups.setdefault(instant, [None] * len(CAMERAS))
+            group = groups.setdefault(instant, [None] * len(_CAMERAS))
             if group[v] is not None:
-                raise ValueError(f"{self.file}: {instant}, camera {CAMERAS[v]}: there are two")
+                raise ValueError(f"{self.file}: {instant}, camera {_CAMERAS[v]}: there are two")
             group[v] = record
         if missing := set(subjects or ()) - {instant.subject for instant in groups}:
             raise ValueError(f"{self.file}: nothing of subjects {sorted(missing)}")
@@ -103,7 +103,7 @@ class Human36M(Sequence):
         self.left_out: dict[str, list[Instant]] = {}
         kept = []
         for instant in sorted(groups):  # alphabetic order is the actions' order
-            harmed = instant[:3] in DAMAGED and not damaged
+            harmed = instant[:3] in _DAMAGED and not damaged
             fault = "damaged sequence" if harmed else _gap(f"{self.file}: {instant}", groups[instant])
             (self.left_out.setdefault(fault, []) if fault else kept).append(instant)
         if not kept:
@@ -128,7 +128,9 @@ class Human36M(Sequence):
             views.append(replace(view, joints=view.camera.project(X)))
         return views
 
-    # As `Performance` and `Recording` have them
+    # What `epiutils.data.dataset` asks of all that is filmed
+    joints, bones = JOINTS, BONES
+
     @property
     def cameras(self) -> list[Camera]:
         """The cameras of the pictures as recorded: those of one subject, as each has its own."""
@@ -138,22 +140,12 @@ class Human36M(Sequence):
         return [shot.camera for shot in self.shots[0]]
 
     @property
-    def joints(self) -> tuple[str, ...]:
-        return JOINTS
-
-    @property
-    def bones(self) -> tuple[tuple[int, int], ...]:
-        return BONES
-
-    @property
     def frames(self) -> np.ndarray:
         return np.arange(len(self))
 
     @property
     def detections(self) -> np.ndarray:
-        """Exact projections and a confidence of 1, in px of the pictures as recorded: (V, T, J, 3)."""
-        xy = np.stack([camera.project(self.joints_3d) for camera in self.cameras])  # (V, T, J, 2)
-        return np.concatenate([xy, np.ones_like(xy[..., :1])], -1)
+        return exact_detections(self.cameras, self.joints_3d)
 
     def views(self, frame: int) -> list[View]:
         return self[frame]
@@ -195,11 +187,11 @@ def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
             raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
         subject, action, subaction, image, v = found = [record[field] for field in numbers]
         whole = all(isinstance(n, Integral) for n in found)
-        if not whole or not 2 <= action < 2 + len(ACTIONS) or not 0 <= v < len(CAMERAS):
+        if not whole or not 2 <= action < 2 + len(_ACTIONS) or not 0 <= v < len(_CAMERAS):
             raise ValueError(
                 f"{where}: expected whole numbers, action 2 to 16, camera_id 0 to 3: {numbers} are {found}"
             )
-        yield Instant(int(subject), ACTIONS[action - 2], int(subaction), int(image)), int(v), record
+        yield Instant(int(subject), _ACTIONS[action - 2], int(subaction), int(image)), int(v), record
 
 
 def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
@@ -209,9 +201,9 @@ def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
         labels = labels[()]  # the dict in the array
         rows, names = labels["table"], list(labels["camera_names"])
         sequences = [(*name.rsplit("-", 1), name) for name in labels["action_names"]]
-        columns = [names.index(name) for name in CAMERAS]
+        columns = [names.index(name) for name in _CAMERAS]
         cameras = [
-            [Camera(c["K"], c["R"], c["t"] / 1000, c["dist"], (1000, 1000), n) for n, c in zip(CAMERAS, row[columns])]
+            [Camera(c["K"], c["R"], c["t"] / 1000, c["dist"], (1000, 1000), n) for n, c in zip(_CAMERAS, row[columns])]
             for row in labels["cameras"]
         ]
         boxes = rows["bbox_by_camera_tlbr"][:, columns][..., [1, 0, 3, 2]]  # left, top, right, bottom
@@ -219,7 +211,7 @@ def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
         for row, (s, a, frame) in enumerate(order):
             subject, (action, subaction, sequence) = labels["subject_names"][s], sequences[a]
             instant = Instant(int(subject[1:]), action, int(subaction), frame + 1)
-            for v, camera in enumerate(CAMERAS):
+            for v, camera in enumerate(_CAMERAS):
                 image = f"processed/{subject}/{sequence}/imageSequence/{camera}/img_{frame + 1:06d}.jpg"
                 record = {"image": image, "box": boxes[row, v], "camera": cameras[s][v], "keypoints": rows[row]}
                 yield instant, v, record
@@ -248,7 +240,7 @@ def _box(where: str, record: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def _gap(where: str, records: list[dict | None]) -> str:
     """What an instant's records lack, in words; nothing where they are whole."""
-    for name, record in zip(CAMERAS, records, strict=True):
+    for name, record in zip(_CAMERAS, records, strict=True):
         if record is None:
             return f"no camera {name}"
         if _box(f"{where}, camera {name}", record)[1].min() <= 0:
@@ -256,24 +248,24 @@ def _gap(where: str, records: list[dict | None]) -> str:
     return ""
 
 
-def _shots(where: str, records: list[dict], cameras: dict) -> tuple[list[Shot], np.ndarray]:
+def _shots(where: str, records: list[dict], cameras: dict) -> tuple[list[_Shot], np.ndarray]:
     """The pictures of an instant and its joints (17, 3), metres in the world: the views' mean.
 
     cameras: those made so far, by number and identity of the toolbox's dict, which its pictures share.
     """
-    shots, X = [], np.empty((len(CAMERAS), len(JOINTS), 3))
+    shots, X = [], np.empty((len(_CAMERAS), len(JOINTS), 3))
     for v, record in enumerate(records):
-        at, camera, picture = f"{where}, camera {CAMERAS[v]}", record["camera"], record["image"]
+        at, camera, picture = f"{where}, camera {_CAMERAS[v]}", record["camera"], record["image"]
         if isinstance(camera, Camera):  # karfly's
-            X[v] = _numbers(at, record["keypoints"], "keypoints", (17, 3))[FROM_KARFLY] / 1000
+            X[v] = _numbers(at, record["keypoints"], "keypoints", (17, 3))[_FROM_KARFLY] / 1000
         else:
             if (v, id(camera)) not in cameras:
-                cameras[v, id(camera)] = _toolbox_camera(at, camera, CAMERAS[v])
+                cameras[v, id(camera)] = _toolbox_camera(at, camera, _CAMERAS[v])
             camera, picture = cameras[v, id(camera)], f"images/{picture}"
             X[v] = (_numbers(at, record, "joints_3d_camera", (17, 3)) / 1000 - camera.t) @ camera.R  # Rᵀ (X_c − t)
             _check_projection(at, camera.project(X[v]), _numbers(at, record, "joints_2d", (17, 2)))
         centre, extent = _box(at, record)
-        shots.append(Shot(picture, camera, centre, extent.max()))
+        shots.append(_Shot(picture, camera, centre, extent.max()))
     if (apart := np.abs(X - X[0]).max()) > 0.01:
         raise ValueError(f"{where}: the views' joints_3d_camera disagree in the world, by {1000 * apart:.0f} mm")
     return shots, X.mean(0)
@@ -299,9 +291,9 @@ def _check_projection(where: str, projected: np.ndarray, joints_2d: np.ndarray, 
     if apart() <= tolerance:
         return
     known = {
-        "joints_3d_camera is in karfly's joint order": FROM_KARFLY,
-        "joints_2d is in karfly's joint order": FROM_TOOLBOX,
-        "left and right are swapped in one of them": MIRROR,
+        "joints_3d_camera is in karfly's joint order": _FROM_KARFLY,
+        "joints_2d is in karfly's joint order": _FROM_TOOLBOX,
+        "left and right are swapped in one of them": _MIRROR,
     }
     clue = next((clue for clue, order in known.items() if apart(order) <= tolerance), "no known joint order would fit")
     raise ValueError(f"{where}: joints_2d is {apart():.0f} px off the projected joints_3d_camera: {clue}")
@@ -315,7 +307,7 @@ def _check_bones(file: Path, X: np.ndarray) -> None:
     a, b = np.array(BONES).T
     length, *others = (
         np.linalg.norm(X[:, order[a]] - X[:, order[b]], axis=-1).mean()
-        for order in (np.arange(17), FROM_KARFLY, FROM_TOOLBOX)
+        for order in (np.arange(17), _FROM_KARFLY, _FROM_TOOLBOX)
     )
     if min(others) < length:
         raise ValueError(f"{file}: wrong joint order: {length:.2f} m a bone, {min(others):.2f} in the other layout's")

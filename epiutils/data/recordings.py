@@ -38,10 +38,10 @@ COCO nose neck rsho relb rwri lsho lelb lwri rhip rkne rank lhip lkne lank reye 
 _LIMBS = """nose-leye leye-lear nose-reye reye-rear nose-neck neck-head lsho-rsho neck-lsho neck-rsho lsho-lelb lelb-lwri
 rsho-relb relb-rwri neck-midhip midhip-lhip midhip-rhip lhip-rhip lsho-lhip rsho-rhip lhip-lkne lkne-lank rhip-rkne
 rkne-rank lank-lheel rank-rheel lank-lbigtoe lbigtoe-lsmalltoe rank-rbigtoe rbigtoe-rsmalltoe"""
-JOINTS = {line.split()[0]: tuple(line.split()[1:]) for line in _ORDERS.strip().splitlines()}  # OpenPose's orders
-BONES = {  # pairs of joint numbers, for drawing: every limb of which the model has both ends
+_JOINTS = {line.split()[0]: tuple(line.split()[1:]) for line in _ORDERS.strip().splitlines()}  # OpenPose's orders
+_BONES = {  # pairs of joint numbers, for drawing: every limb of which the model has both ends
     model: tuple(tuple(map(names.index, ends)) for b in _LIMBS.split() if set(ends := b.split("-")) <= set(names))
-    for model, names in JOINTS.items()
+    for model, names in _JOINTS.items()
 }
 
 
@@ -80,12 +80,12 @@ class Recording:
     @property
     def joints(self) -> tuple[str, ...]:
         """Joint names in the detector's order; l and r are the person's own left and right."""
-        return JOINTS[self.model]
+        return _JOINTS[self.model]
 
     @property
     def bones(self) -> tuple[tuple[int, int], ...]:
         """Pairs of joint numbers to draw."""
-        return BONES[self.model]
+        return _BONES[self.model]
 
     def missing(self, status: Status) -> dict[str, list[int]]:
         """For each camera the frame numbers of that status."""
@@ -111,7 +111,7 @@ class Recording:
         t = int(np.flatnonzero(self.frames == frame)[0])
         views = []
         for v in map(names.index, cameras):
-            camera, video, joints = self.cameras[v], self.videos[v], self.detections[v, t]
+            camera, video = self.cameras[v], self.videos[v]
             if self.person[v, t] < 0:
                 status = Status(self.status[v, t]).name
                 raise ValueError(f"{self.path}: {names[v]}, frame {frame}: {status}; leave it out with cameras=")
@@ -119,12 +119,17 @@ class Recording:
                 image = np.full((*camera.size[::-1], 3), 128, np.uint8)
             else:
                 image = _fit(_picture(video, frame - self.video_start, video.stat().st_mtime_ns), camera.size)
-            view = View(image, camera, joints[:, :2], np.minimum(joints[:, 2], 1))
-            try:
-                views.append((view.undistorted() if undistort else view).crop_to_person(size))
-            except ValueError as error:
-                raise ValueError(f"{self.path}: frame {frame}: {error}") from error
+            views.append(self._crop(v, t, image, size, undistort))
         return views
+
+    def _crop(self, v: int, t: int, image: np.ndarray, size=(256, 256), undistort: bool = True) -> View:
+        """The crop of a camera's picture to the person of an instant; camera and joints are right for any picture."""
+        joints = self.detections[v, t]
+        view = View(image, self.cameras[v], joints[:, :2], np.minimum(joints[:, 2], 1))
+        try:
+            return (view.undistorted() if undistort else view).crop_to_person(size)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: frame {self.frames[t]}: {error}") from error
 
 
 def heatmaps(view: View | tuple, shape: tuple[int, int] = (64, 64), sigma: float = 2.0) -> Tensor:
@@ -153,13 +158,7 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> t
         raise ValueError(f"{recording.path}: none of the frames wanted has a person in every view")
     nothing, samples = np.zeros((1, 1, 3), np.uint8), []
     for t in index:
-        try:
-            views = [
-                View(nothing, c.without_distortion(), c.undistort(d[:, :2]), np.minimum(d[:, 2], 1)).crop_to_person()
-                for c, d in zip(recording.cameras, recording.detections[:, t], strict=True)
-            ]
-        except ValueError as error:
-            raise ValueError(f"{recording.path}: frame {recording.frames[t]}: {error}") from None
+        views = [recording._crop(v, t, nothing) for v in range(len(recording.cameras))]
         F = heatmap_fundamentals([view.camera for view in views])
         sample = {"output": torch.stack([heatmaps(view) for view in views]).float(), "F": torch.from_numpy(F)}
         sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))
@@ -208,7 +207,8 @@ def read_recording(
 ) -> Recording:
     """Read a recording's calibration and detections; pictures are read later, by `Recording.views`.
 
-    model: "BODY_25B", "BODY_25", "COCO", or "auto": see `guess_model`.  person: who is kept where a file has several:
+    model: "BODY_25B", "BODY_25", "COCO", or "auto": by the number of keypoints, and of
+    BODY_25B and BODY_25 the one in whose order a body's bones are short.  person: who is kept where a file has several:
     "largest" (the longer side of the box around the detected joints), "confident" (the largest sum of confidences),
     or a place in the file from 0.  Each file is judged on its own: nobody is followed over time or matched between
     views; a warning names the frames with several.  Raises FileNotFoundError where the folder is missing,
@@ -217,8 +217,8 @@ def read_recording(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    if model not in ("auto", *JOINTS):
-        raise ValueError(f'model must be "auto" or one of {", ".join(JOINTS)}, got {model!r}')
+    if model not in ("auto", *_JOINTS):
+        raise ValueError(f'model must be "auto" or one of {", ".join(_JOINTS)}, got {model!r}')
     if person not in ("largest", "confident") and not (isinstance(person, int) and person >= 0):
         raise ValueError(f'person must be "largest", "confident" or a place from 0, got {person!r}')
     found = sorted({*path.glob("[Cc]alib*.toml"), *path.glob("[Cc]alibration/[Cc]alib*.toml")})
@@ -262,11 +262,11 @@ def read_recording(
     if np.nanmax(abs(everybody[..., :2])) <= 1:
         raise ValueError(f"{below}: keypoints within [−1, 1]: pixels are needed (OpenPose's keypoint_scale 0)")
     try:
-        model = guess_model(everybody) if model == "auto" else model
+        model = _guess_model(everybody) if model == "auto" else model
     except ValueError as error:
         raise ValueError(f"{below}: {error}") from error
-    if everybody.shape[1] != len(JOINTS[model]):
-        raise ValueError(f"{below}: {everybody.shape[1]} keypoints a person, but {model} has {len(JOINTS[model])}")
+    if everybody.shape[1] != len(_JOINTS[model]):
+        raise ValueError(f"{below}: {everybody.shape[1]} keypoints a person, but {model} has {len(_JOINTS[model])}")
 
     numbers = np.array(sorted(set().union(*files)))
     detections = np.full((len(cameras), len(numbers), *everybody.shape[1:]), (np.nan, np.nan, 0.0))
@@ -285,7 +285,7 @@ def read_recording(
     return recording
 
 
-def guess_model(people: np.ndarray) -> str:
+def _guess_model(people: np.ndarray) -> str:
     """The body model of people (N, J, 3), nan where undetected: 18 keypoints are COCO, 25 one of two orders.
 
     In its own order a body's bones are short; read in the other's, wrists are joined to hips and eyes to shoulders.
@@ -298,7 +298,7 @@ def guess_model(people: np.ndarray) -> str:
         raise ValueError(f"{people.shape[1]} keypoints a person: BODY_25B and BODY_25 have 25, COCO 18")
     length = {}
     for model in ("BODY_25B", "BODY_25"):
-        a, b = np.array(BONES[model]).T
+        a, b = np.array(_BONES[model]).T
         bones = np.linalg.norm(people[:, a, :2] - people[:, b, :2], axis=-1)  # (N, bones)
         bones = bones[np.isfinite(bones)]
         length[model] = float(bones.mean()) if len(bones) >= 30 else np.nan

@@ -118,6 +118,12 @@ class Predicted:
         return Predicted(**{name: None if values is None else change(name, values) for name, values in known.items()})
 
 
+def exact_detections(cameras: Sequence[Camera], X: np.ndarray) -> np.ndarray:
+    """Projections of known joints X (T, J, 3) and a confidence of 1, as a detector gives them: (V, T, J, 3)."""
+    xy = np.stack([camera.project(X) for camera in cameras])  # (V, T, J, 2)
+    return np.concatenate([xy, np.ones_like(xy[..., :1])], -1)
+
+
 def heatmap_fundamentals(cameras: Sequence[Camera]) -> np.ndarray:
     """F between the heatmaps of all pairs of network inputs, from their cameras, in heatmap px.
 
