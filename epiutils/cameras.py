@@ -1,6 +1,6 @@
-"""Calibrated cameras: project, undistort, crop and resize, and the rig files that hold them.
+"""Calibrated cameras: project, undistort, crop.
 
-Points are (x, y); the centre of the top-left pixel is (0, 0), as in OpenCV.  World units are metres.
+Points are (..., 2) as (x, y); the centre of the top-left pixel is (0, 0), as in OpenCV.  World units are metres.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Camera:
         return self.K @ np.column_stack([self.R, self.t])
 
     def project(self, X: np.ndarray) -> np.ndarray:
-        """Pixels of world points, lens distortion included (OpenCV's model).
+        """Pixels of world points, x ~ K · distort(R X + t), lens distortion included (OpenCV's model; H&Z 7.4).
 
-        X: (..., 3) metres.  Returns (..., 2); a point in or behind the camera's plane has no image and gives nan.
+        X: (..., 3) metres.  Returns (..., 2) px; a point in or behind the camera's plane has no image and gives nan.
         """
         x_cam = np.asarray(X, dtype=np.float64) @ self.R.T + self.t
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -79,10 +79,10 @@ class Camera:
         return self._pixels(self._distort(x))
 
     def undistort(self, points: np.ndarray) -> np.ndarray:
-        """Where the points would be seen without lens distortion, K unchanged.
+        """Where recorded points would be seen without lens distortion, K · distort⁻¹(K⁻¹ x).
 
-        points: (..., 2) px as recorded.  Returns (..., 2); nan where the distortion has no inverse.
         Epipolar geometry holds for these points, not for the recorded ones.
+        points: (..., 2) px as recorded.  Returns (..., 2) px; nan where the distortion has no inverse.
         """
         points = np.asarray(points, dtype=np.float64)
         distorted = (points - self.K[:2, 2]) @ np.linalg.inv(self.K[:2, :2]).T
@@ -106,20 +106,15 @@ class Camera:
     def crop(self, A: np.ndarray, size: tuple[int, int]) -> Camera:
         """The camera of the picture cropped, scaled or rotated by x_new = A x: its intrinsics are A K.
 
-        A: (3, 3) affine in pixels.  size: (width, height) of the new picture.
+        A: (3, 3) affine in pixels, last row (0, 0, 1).  size: (width, height) of the new picture.
         """
         A = np.asarray(A, dtype=np.float64)
         if A.shape != (3, 3) or not np.allclose(A[2], (0, 0, 1)) or abs(np.linalg.det(A)) < 1e-12:
             raise ValueError(f"{self.name}: A must be an invertible (3, 3) affine with last row (0, 0, 1), got\n{A}")
         return replace(self, K=A @ self.K, size=size)
 
-    def resize(self, size: tuple[int, int]) -> Camera:
-        """The camera of the whole picture resized to (width, height), pixel areas kept (as cv2.resize does)."""
-        sx, sy = size[0] / self.size[0], size[1] / self.size[1]
-        return self.crop(np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]]), size)
-
     def _distort(self, x: np.ndarray) -> np.ndarray:
-        """OpenCV's radial and tangential model on normalised coordinates (..., 2)."""
+        """OpenCV's radial and tangential model (H&Z 7.4) on normalised coordinates (..., 2)."""
         k1, k2, p1, p2, k3 = self.distortion
         u, v = x[..., 0], x[..., 1]
         r2 = u * u + v * v
@@ -145,16 +140,18 @@ class Camera:
         return uu, uv, vv
 
     def _pixels(self, x: np.ndarray) -> np.ndarray:
+        """K (x, 1) of normalised coordinates (..., 2)."""
         return x @ self.K[:2, :2].T + self.K[:2, 2]
 
 
 def crop_affine(
     center: tuple[float, float], side: float, size: tuple[int, int] = (256, 256), rotation: float = 0.0
 ) -> np.ndarray:
-    """The affine A (3, 3) of HRNet's crop: a square of `side` px around `center` becomes a picture of `size`.
+    """The affine A of HRNet's crop: a square of `side` px around `center` becomes a picture of `size`.
 
-    x_new = s Rot(rotation) (x − center) + size / 2 with s = width / side; rotation in radians, clockwise
-    on the screen.  HRNet's `scale` is side / 200.
+    x_new = s Rot(rotation) (x − center) + size / 2 with s = width / side.  HRNet's `scale` is side / 200.
+
+    center: (x, y) px.  size: (width, height).  rotation: radians, clockwise on the screen.  Returns (3, 3).
     """
     if not side > 0:
         raise ValueError(f"side must be positive, got {side}")

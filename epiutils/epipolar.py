@@ -1,4 +1,4 @@
-"""Two-view geometry: the fundamental matrix, its lines and epipoles, and distances to them.
+"""Two-view geometry: the fundamental matrix, its lines and epipoles, and distances to them (H&Z 9 and 11).
 
 F maps the source view to the reference view: x_refᵀ F x_src = 0.  Points are (..., 2) as (x, y), without lens
 distortion.  Lines, epipoles and distances take numpy arrays and torch tensors alike.
@@ -19,8 +19,8 @@ METHODS = {
     "magsac": cv2.USAC_MAGSAC,
 }
 
-# Below this ratio of singular values the points determine no F but a family of them.
-DEGENERATE = 1e-9
+# A singular value below this share of the largest is nothing but rounding.
+_RANK_DEFICIENT = 1e-9
 
 
 def find_fundamental(
@@ -67,7 +67,7 @@ def find_fundamental(
 def fundamental_from_cameras(src: Camera, ref: Camera) -> np.ndarray:
     """F from calibration, F = K_ref⁻ᵀ [t]ₓ R K_src⁻¹ with R, t from source to reference (H&Z 9.2.4, 9.6).
 
-    Returns (3, 3) of unit norm.  It holds for points without lens distortion (`Camera.undistort`).
+    It holds for points without lens distortion (`Camera.undistort`).  Returns (3, 3) of unit norm.
     Raises ValueError where the cameras share a centre: then there is no epipolar geometry.
     """
     R = ref.R @ src.R.T
@@ -75,7 +75,8 @@ def fundamental_from_cameras(src: Camera, ref: Camera) -> np.ndarray:
     baseline = np.linalg.norm(t)
     if baseline <= 1e-9 * max(1.0, np.linalg.norm(src.C), np.linalg.norm(ref.C)):
         raise ValueError(f"cameras {src.name} and {ref.name} share their centre {src.C}: there is no epipolar geometry")
-    F = np.linalg.inv(ref.K).T @ cross_matrix(t / baseline) @ R @ np.linalg.inv(src.K)
+    t_x = np.cross(np.eye(3), t / baseline)  # [t]ₓ, for which [t]ₓ w = t × w (H&Z A4.5)
+    F = np.linalg.inv(ref.K).T @ t_x @ R @ np.linalg.inv(src.K)
     return F / np.linalg.norm(F)
 
 
@@ -89,13 +90,8 @@ def transfer(F: np.ndarray, A_src: np.ndarray, A_ref: np.ndarray) -> np.ndarray:
     return xp.linalg.inv(A_ref).mT @ F @ xp.linalg.inv(A_src)
 
 
-def cross_matrix(v: np.ndarray) -> np.ndarray:
-    """[v]ₓ (3, 3), with [v]ₓ w = v × w (H&Z A4.5)."""
-    return np.array([[0.0, -v[2], v[1]], [v[2], 0.0, -v[0]], [-v[1], v[0], 0.0]])
-
-
 def homogeneous(x):
-    """(..., 2) → (..., 3) with a last coordinate of 1."""
+    """Points with a last coordinate of 1: (..., 2) → (..., 3) (H&Z 2.2)."""
     xp = array_namespace(x)
     return xp.concat([x, xp.ones_like(x[..., :1])], axis=-1)
 
@@ -104,10 +100,10 @@ def epipolar_lines(F, x_src):
     """Lines in the reference view that must contain the matches of source points.
 
     From x_refᵀ F x_src = 0 the line is l = F x_src = (a, b, c), with a·x + b·y + c = 0; scaled to
-    a² + b² = 1, l·(x, y, 1) is a signed distance in pixels (H&Z 9.2.1).  Lines in the source view: F.mT.
+    a² + b² = 1, l·(x, y, 1) is a signed distance in pixels (H&Z 9.2.1).  For lines in the source view pass F.mT.
 
-    F: (..., 3, 3), any scale.  x_src: (..., N, 2).  Returns (..., N, 3); nan for a point at the epipole,
-    which has no line.
+    F: (..., 3, 3), any scale.  x_src: (..., N, 2).  Returns (..., N, 3); a point at the source epipole has no
+    line and gives nan.
     """
     lines = homogeneous(x_src) @ F.mT  # (..., N, 3)
     normal = array_namespace(F).linalg.vector_norm(lines[..., :2], axis=-1, keepdims=True)
@@ -117,23 +113,28 @@ def epipolar_lines(F, x_src):
 def epipoles(F):
     """Epipoles of both views, F e_src = 0 and Fᵀ e_ref = 0 (H&Z 9.2.3).
 
-    F: (..., 3, 3).  Returns e_src and e_ref (..., 3), homogeneous of unit norm: at infinity the last is 0.
+    F: (..., 3, 3).  Returns e_src and e_ref (..., 3), homogeneous and of unit norm; the third coordinate of an
+    epipole at infinity is 0.
     """
     U, _, Vh = array_namespace(F).linalg.svd(F)
     return Vh[..., 2, :], U[..., :, 2]
 
 
 def symmetric_epipolar_distance(F, x_src, x_ref):
-    """Mean of the two distances between points and epipolar lines, in px of the pictures.
+    """Mean of a correspondence's two distances from its epipolar lines, in px.
 
     ½ (d(x_ref, F x_src) + d(x_src, Fᵀ x_ref)), the distances whose squares H&Z 11.10 sums.
+
     F: (..., 3, 3).  x_src, x_ref: (..., N, 2).  Returns (..., N); nan for a point at its epipole.
     """
     return (point_line_distance(F, x_src, x_ref) + point_line_distance(F.mT, x_ref, x_src)) / 2
 
 
 def point_line_distance(F, x_src, x_ref):
-    """Distance in px of each reference point from the epipolar line of its source point: (..., N)."""
+    """Distance in px of each reference point from the epipolar line of its source point, d(x_ref, F x_src).
+
+    F: (..., 3, 3).  x_src, x_ref: (..., N, 2).  Returns (..., N); nan where the source point is the epipole.
+    """
     xp = array_namespace(F)
     return xp.abs(xp.sum(epipolar_lines(F, x_src) * homogeneous(x_ref), axis=-1))
 
@@ -142,6 +143,7 @@ def sampson_distance(F, x_src, x_ref):
     """First-order distance in px from a correspondence to the nearest exact one (root of H&Z 11.9).
 
     |x_refᵀ F x_src| / √((F x_src)₁² + (F x_src)₂² + (Fᵀ x_ref)₁² + (Fᵀ x_ref)₂²).
+
     F: (..., 3, 3).  x_src, x_ref: (..., N, 2).  Returns (..., N); nan where both points are epipoles.
     """
     xp = array_namespace(F)
@@ -176,11 +178,11 @@ def _check_determined(x_src: np.ndarray, x_ref: np.ndarray, what: str) -> None:
     a, b = (homogeneous(x) @ _hartley(x).T for x in (x_src, x_ref))
     for name, x in (("x_src", a), ("x_ref", b)):
         spread = np.linalg.svd(x[:, :2], compute_uv=False)
-        if spread[1] <= DEGENERATE * max(spread[0], 1e-300):
+        if spread[1] <= _RANK_DEFICIENT * max(spread[0], 1e-300):
             raise ValueError(f"{what} are collinear in {name}, or one point: they determine no fundamental matrix")
     system = (b[:, :, None] * a[:, None, :]).reshape(-1, 9)
     singular = np.linalg.svd(system, compute_uv=False)
-    rank = int((singular > DEGENERATE * singular[0]).sum())
+    rank = int((singular > _RANK_DEFICIENT * singular[0]).sum())
     if rank < 8:
         raise ValueError(
             f"{what} are degenerate (rank {rank} of the 8 needed): many fundamental matrices fit them, as for "

@@ -19,13 +19,15 @@ from epiutils.redirect import Pencil, redirect
 class OriginalFusion(nn.Module):
     """The original module, step by step as it was: pad to 66×66, weigh each 3×3 window, redirect, add.
 
-    For every source coordinate (y, x) of the list, Σ_uv w[u, v] · padded[y + u, x + v] is one value; it goes
-    to every reference pixel within `threshold` px of that coordinate's epipolar line, and the reference
-    heatmap is added.  One weight for all joints: exactly nine parameters.
+    fused = reference + redirect(pad(source) * w, F, threshold)
+
+    For every source coordinate (y, x) of the list, Σ_uv w[u, v] · padded[y + u, x + v] is one value; it goes to every
+    reference pixel within `threshold` px of that coordinate's epipolar line.  The nine weights w are those of all
+    joints, and the only parameters.
 
     threshold: px of the reference heatmap (1 or 3 in the original).  sigmoid: squash the result, as the
-    original did at first.  method: of `redirect`; "loop" is the original's own.  initial: the weights to
-    begin with, by default uniform in ±1/3 as PyTorch initialises a 3×3 convolution.
+    original did at first.  shape: (H, W) of the source heatmaps.  method: of `redirect`; "loop" is the original's
+    own.  initial: (3, 3) weights to begin with, by default uniform in ±1/3 as PyTorch initialises a 3×3 convolution.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class OriginalFusion(nn.Module):
         return sum(w * x for w, x in zip(self.weight.flatten(), window, strict=True)).unflatten(-1, self.shape)
 
     def forward(self, source: Tensor, reference: Tensor, F: Tensor | Pencil) -> Tensor:
-        """Fuse heatmaps of two views: source (B, J, H, W), reference (B, J, H', W') → (B, J, H', W').
+        """Fuse heatmaps of two views.
 
-        F: (3, 3) or (B, 3, 3) from source to reference heatmap pixels, or the `Pencil` made of it, whose own
-        threshold then counts.
+        source: (B, J, H, W).  reference: (B, J, H', W').  F: (3, 3) or (B, 3, 3) from source to reference heatmap
+        pixels, or the `Pencil` made of it, whose own threshold then counts.  Returns (B, J, H', W').
+        Raises ValueError where the shapes do not fit each other.
         """
         return _add_ridge(self.convolve(source), reference, F, self.threshold, self.method, self.sigmoid)
 
@@ -68,8 +71,10 @@ class OriginalFusion(nn.Module):
 class SimpleFusion(nn.Module):
     """The second attempt, "make another epipolar heatmap": the same redirection after a plain `nn.Conv2d`.
 
-    A Conv2d from one channel to one, 3×3, padding 1, no bias, applied to each joint: the same function of
-    the same nine weights as `OriginalFusion`.  Arguments and `forward` are those of `OriginalFusion`.
+    fused = reference + redirect(conv(source), F, threshold)
+
+    The Conv2d is from one channel to one, 3×3, padding 1, no bias, and applied to each joint: the same function of
+    the same nine weights as `OriginalFusion`, whose arguments and `forward` it shares.
     """
 
     def __init__(
@@ -82,27 +87,29 @@ class SimpleFusion(nn.Module):
             self.conv.weight = nn.Parameter(_nine(initial)[None, None])
 
     def convolve(self, source: Tensor) -> Tensor:
-        return self.conv(source.reshape(-1, 1, *source.shape[-2:])).reshape(source.shape)
+        """The Conv2d of each map by itself: (..., H, W) → (..., H, W)."""
+        return self.conv(source.reshape(-1, 1, *source.shape[-2:])).reshape(source.shape)  # (B · J, 1, H, W) and back
 
     def forward(self, source: Tensor, reference: Tensor, F: Tensor | Pencil) -> Tensor:
         return _add_ridge(self.convolve(source), reference, F, self.threshold, self.method, self.sigmoid)
 
 
 class RepairedFusion(nn.Module):
-    """The module that works: the original's reference + ridge, the ridge now the evidence of calibrated source views.
+    """The module that works: reference + ridge as in the original, but a ridge of evidence, weighed by confidence.
 
-    fused = reference * w + (gain / β) Σ_s log(1 + odds_s · redirect(p_s, F_s, threshold)),  p_s = softmax(β source_s * w)
+    fused = reference * w + (gain / β) Σ_s log(1 + odds_s · redirect(p_s, F_s, threshold))
+    p_s = softmax(β source_s * w)
 
     p_s is a probability for each pixel, so its sum over a band is the probability that the source's joint lies there;
-    odds_s = exp(slope · max(source_s * w) + offset) is how far it is to be trusted, by the height of its peak.  Logs add
-    up as probabilities multiply, and a source that is not trusted adds nothing, instead of speaking against what the
-    others see.  softmax(β fused) is the probability of the joint's pixel.
+    odds_s = exp(slope · max(source_s * w) + offset) says how far to trust it, by the height of its peak.  Logarithms
+    add as probabilities multiply, and a source that is not trusted adds nothing and contradicts nobody.
+    softmax(β fused) is the probability of the joint's pixel.
 
-    Thirteen parameters for all joints and views: the nine weights w, β, slope, offset and gain.  At first w is the
-    identity and the gain 0, so that fused = reference.  No parameter belongs to a camera.
+    Thirteen parameters for all joints and views: the nine weights w, β, slope, offset and gain; none belongs to a
+    camera.  At first w is the identity and the gain 0, so that fused = reference.
 
     threshold: px of the reference heatmap.  For ablation, normalise=False sends source * w as it is, multiply=False
-    adds the redirected sums without a log, confidence=False trusts each source alike.
+    adds the redirected sums without a logarithm, confidence=False trusts each source alike.
     """
 
     def __init__(self, threshold: float = 1.0, normalise: bool = True, multiply: bool = True, confidence: bool = True):
@@ -125,7 +132,7 @@ class RepairedFusion(nn.Module):
         sources: (B, S, J, H, W), or (B, J, H, W) for one.  reference: (B, J, H', W').  F: (B, S, 3, 3), or (B, 3, 3)
         or (3, 3) for one source, from its to the reference's heatmap pixels; or the `Pencil` of those B · S, whose own
         threshold then counts.  present: (B, S) bool, false where a view is missing; its maps may hold anything.
-        Returns (B, J, H', W').
+        Returns (B, J, H', W').  Raises ValueError where the shapes do not fit each other.
         """
         sources = sources if sources.ndim == 5 else sources[:, None]
         batch, shape = sources.shape[:2], tuple(reference.shape[-2:])
@@ -135,24 +142,25 @@ class RepairedFusion(nn.Module):
             F = F.expand(*batch, 3, 3) if F.ndim != 3 else F[:, None].expand(*batch, 3, 3)
         if present is not None:
             sources = sources.masked_fill(~present[:, :, None, None, None], 0.0)
-        ridges = self._ridges(self._said(self.weigh(sources), present).flatten(0, 1), F, shape)
-        return self.weigh(reference) + self.gain / self.sharpness * ridges.unflatten(0, batch).sum(1)
+        evidence = self._evidence(self.weigh(sources), present).flatten(0, 1)  # (B · S, J, H, W)
+        ridges = self._ridges(evidence, F, shape).unflatten(0, batch)  # (B, S, J, H', W')
+        return self.weigh(reference) + self.gain / self.sharpness * ridges.sum(1)
 
     def all_views(self, heatmaps: Tensor, F: Tensor | Pencil, present: Tensor | None = None) -> Tensor:
-        """Fuse each of V views with all others: what `forward` gives for each in turn, each source weighed once.
+        """Fuse each of V views with all others, as `forward` does for each in turn, but weigh each view once.
 
         heatmaps: (B, V, J, H, W).  F: (B, V, V, 3, 3), F[:, s, r] from view s to view r (its diagonal is not read), or
-        the `Pencil` that `view_pairs` of it gives.  present: (B, V) bool; a view that is missing gives nothing and gets
-        what the others say of it.  Returns (B, V, J, H, W).
+        the `Pencil` of its `view_pairs`.  present: (B, V) bool; a view that is missing gives nothing, and receives
+        what the others send.  Returns (B, V, J, H, W).
         """
         if present is not None:
             heatmaps = heatmaps.masked_fill(~present[:, :, None, None, None], 0.0)
         weighed = self.weigh(heatmaps)
-        said = of_sources(self._said(weighed, present)).flatten(0, 1)  # (B · V (V − 1), J, H, W)
+        evidence = of_sources(self._evidence(weighed, present)).flatten(0, 1)  # (B · V (V − 1), J, H, W)
         F = F if isinstance(F, Pencil) else view_pairs(F)
-        if not len(said):  # one view, and no other to fuse it with
+        if not len(evidence):  # one view, and no other to fuse it with
             return weighed
-        ridges = self._ridges(said, F, tuple(heatmaps.shape[-2:])).unflatten(0, (len(heatmaps), -1))
+        ridges = self._ridges(evidence, F, tuple(heatmaps.shape[-2:])).unflatten(0, (len(heatmaps), -1))
         return weighed + self.gain / self.sharpness * sum_at_references(ridges)
 
     def weigh(self, heatmaps: Tensor) -> Tensor:
@@ -161,20 +169,20 @@ class RepairedFusion(nn.Module):
         weight = self.weight.expand(maps.shape[1], 1, 3, 3)
         return nn.functional.conv2d(maps, weight, padding=1, groups=maps.shape[1]).view_as(heatmaps)
 
-    def _said(self, weighed: Tensor, present: Tensor | None) -> Tensor:
-        """odds · p of each source: (B, S, J, H, W)."""
+    def _evidence(self, weighed: Tensor, present: Tensor | None) -> Tensor:
+        """odds · p of each source, 0 where it is missing: (B, S, J, H, W) → (B, S, J, H, W)."""
         trust = self.slope * weighed.flatten(-2).amax(-1)[..., None, None] + self.offset
         odds = trust.clamp_max(80).exp()  # single precision ends at exp(88)
-        said = odds * (probabilities(weighed, self.sharpness) if self.normalise else weighed)
-        return said if present is None else said.masked_fill(~present[:, :, None, None, None], 0.0)
+        evidence = odds * (probabilities(weighed, self.sharpness) if self.normalise else weighed)
+        return evidence if present is None else evidence.masked_fill(~present[:, :, None, None, None], 0.0)
 
-    def _ridges(self, said: Tensor, F: Tensor | Pencil, shape: tuple[int, int]) -> Tensor:
-        """What each pair's source says of each reference pixel: (P, J, H', W')."""
+    def _ridges(self, evidence: Tensor, F: Tensor | Pencil, shape: tuple[int, int]) -> Tensor:
+        """log(1 + redirect(evidence)) of each pair of views: (P, J, H, W) → (P, J, H', W')."""
         if not isinstance(F, Pencil):
-            F = Pencil.from_fundamental(F.reshape(-1, 3, 3), tuple(said.shape[-2:]), self.threshold, shape)
+            F = Pencil.from_fundamental(F.reshape(-1, 3, 3), tuple(evidence.shape[-2:]), self.threshold, shape)
         elif F.out_shape != shape:
             raise ValueError(f"the Pencil is for a reference of {F.out_shape}, got {shape}")
-        ridges = F.sum(said)
+        ridges = F.sum(evidence)
         return ridges.clamp_min(0).log1p() if self.multiply else ridges  # differences of running sums may be −1e-7
 
 
@@ -185,18 +193,18 @@ def pairs(views: int) -> tuple[list[int], list[int]]:
 
 
 def view_pairs(F: Tensor) -> Tensor:
-    """F (B, V, V, 3, 3) between all views as those of the `pairs`, (B · V (V − 1), 3, 3)."""
+    """F of the `pairs`, from F between all views: (B, V, V, 3, 3) → (B · V (V − 1), 3, 3)."""
     source, reference = pairs(F.shape[1])
     return F[:, source, reference].flatten(0, 1)
 
 
 def of_sources(views: Tensor) -> Tensor:
-    """What each of the `pairs` takes from its source: (B, V, …) → (B, V (V − 1), …)."""
+    """Values of the source of each of the `pairs`: (B, V, …) → (B, V (V − 1), …)."""
     return views[:, pairs(views.shape[1])[0]]
 
 
 def sum_at_references(values: Tensor) -> Tensor:
-    """Sum of the `pairs` that share a reference: (B, V (V − 1), …) → (B, V, …)."""
+    """Sum, for each view, over the `pairs` that have it as reference: (B, V (V − 1), …) → (B, V, …)."""
     views = (1 + math.isqrt(1 + 4 * values.shape[1])) // 2
     index = torch.tensor(pairs(views)[1], device=values.device)
     return values.new_zeros(len(values), views, *values.shape[2:]).index_add(1, index, values)
@@ -205,7 +213,7 @@ def sum_at_references(values: Tensor) -> Tensor:
 def _add_ridge(
     weighed: Tensor, reference: Tensor, F: Tensor | Pencil, threshold: float, method: str, sigmoid: bool
 ) -> Tensor:
-    """reference + the ridge that the weighed source throws across it, squashed if asked."""
+    """reference + redirect(weighed, F, threshold), squashed if asked."""
     if weighed.shape[:-2] != reference.shape[:-2]:
         raise ValueError(
             f"source {tuple(weighed.shape)} and reference {tuple(reference.shape)} must agree but for H, W"

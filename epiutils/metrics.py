@@ -1,8 +1,8 @@
 """How good poses are, in the picture and in space, and how sure that is: paired bootstrap over scenes.
 
 Each measure gives a value for every joint, (..., J), and nan where there is none: `joint_mean` and `bootstrap` leave
-those out.  A joint that was not found has no distance, so that `mpjpe` speaks of fewer joints; for `pck3d` and `jdr` it
-is wrong.  Report the two beside each other.
+those out.  A joint that was not found has no distance, and `mpjpe` is the mean of fewer joints; for `pck3d` and `jdr`
+it is wrong.  Report both kinds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from epiutils.heatmaps import hrnet_distances
 def found(output, target) -> np.ndarray:
     """Which joints HRNet's accuracy counts as right: (B, J) of 1 and 0, nan where it leaves a joint out.
 
-    output, target: (B, J, H, W), tensors or arrays.  `joint_mean` of it is `heatmaps.accuracy` (but nan, not 0, where
-    nothing counts), and the plain mean of what is counted is `heatmaps.pck`.
+    Their `joint_mean` is `heatmaps.accuracy` (but nan, not 0, where nothing counts); the plain mean of those that are
+    counted is `heatmaps.pck`.  output, target: (B, J, H, W), tensors or arrays.
     """
     distances = hrnet_distances(output, target)
     return np.where(np.isnan(distances), np.nan, distances < 0.5)
@@ -25,9 +25,9 @@ def found(output, target) -> np.ndarray:
 def mpjpe(predicted: np.ndarray, true: np.ndarray, root: int | None = None) -> np.ndarray:
     """Distance of each joint from the true one, in their unit: MPJPE is its mean (Ionescu et al., TPAMI 2014).
 
-    root: a joint that both poses are moved to, 0 for the pelvis: its own distance is then 0, and counts, as is usual;
-    None measures where the person is, too.  predicted, true: (..., J, 3).  Returns (..., J), nan where either is nan
-    (or the root is).
+    predicted, true: (..., J, 3).  root: a joint, 0 for the pelvis, that both poses are moved to: its own distance is
+    then 0, and counts, as is usual; with None the distances include where the person is.
+    Returns (..., J), nan where either is nan (or the root is).
     """
     return np.linalg.norm(_from_root(predicted, root) - _from_root(true, root), axis=-1)
 
@@ -35,7 +35,9 @@ def mpjpe(predicted: np.ndarray, true: np.ndarray, root: int | None = None) -> n
 def pa_mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """`mpjpe` after the similarity that moves each predicted pose nearest to the true one.
 
-    The least Σ |s R x + t − y|² over the joints known in both, R a rotation, never a reflection (Umeyama, TPAMI 1991).
+    It has the least Σ |s R x + t − y|² over the joints known in both, R a rotation, never a reflection (Umeyama, TPAMI
+    1991).
+
     predicted, true: (..., J, 3).  Returns (..., J), nan where either is nan, and in poses of fewer than three joints.
     """
     predicted, true = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
@@ -55,7 +57,7 @@ def pa_mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 def pck3d(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.15, root: int | None = None) -> np.ndarray:
     """Which joints are less than 150 mm from the true one (3DPCK: Mehta et al., 3DV 2017).
 
-    threshold: in the unit of the poses.  predicted, true: (..., J, 3); root: as in `mpjpe`.
+    predicted, true: (..., J, 3).  threshold: in the unit of the poses.  root: as in `mpjpe`.
     Returns (..., J) of 1 and 0: 0 where the prediction is nan, nan where the truth is.
     """
     return _right(mpjpe(predicted, true, root) < threshold, _from_root(true, root))
@@ -64,8 +66,8 @@ def pck3d(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.15, root
 def jdr(predicted: np.ndarray, true: np.ndarray, head: float | np.ndarray) -> np.ndarray:
     """Which joints of a picture are at most half of the head's size from the true one (JDR: AdaFuse, IJCV 2021).
 
-    head: (...) px in each picture, or one for all; AdaFuse takes 2.5 % of the side of the person's box, which is 6.4
-    for a crop of 256 px, or 1.6 for a heatmap of 64 px.  predicted, true: (..., J, 2) px.
+    predicted, true: (..., J, 2) px.  head: (...) px in each picture, or one for all; AdaFuse takes 2.5 % of the side of
+    the person's box, which is 6.4 for a crop of 256 px, or 1.6 for a heatmap of 64 px.
     Returns (..., J) of 1 and 0: 0 where the prediction is nan, nan where the truth is.
     """
     return _right(mpjpe(predicted, true) <= np.asarray(head)[..., None] / 2, true)

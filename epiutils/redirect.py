@@ -29,11 +29,11 @@ import torch
 from array_api_compat import array_namespace
 from torch import Tensor
 
-# A band is closed: a distance equal to the threshold, but for rounding, belongs to it.
-TIE = 1e-10
+# A band is closed: a distance that equals the threshold, but for this relative rounding, belongs to it.
+_TIE = 1e-10
 
 # A source pixel is at the epipole when its line's normal is nothing but rounding, relative to the norm of F.
-AT_EPIPOLE = 1e-12
+_AT_EPIPOLE = 1e-12
 
 
 def redirect(
@@ -93,7 +93,7 @@ class Pencil:
         out_shape: of the reference, by default the same.  threshold: reference px.
         """
         shape, out_shape = _check_shape(shape), _check_shape(out_shape or shape)
-        F, t = _tensor(F), _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
+        F, t = _tensor(F), _check_threshold(threshold) * (1 + _TIE) / _half_size(out_shape)
         Fn, e = _normalized_fundamental(F, shape, out_shape)
         Fn, e = Fn.reshape(-1, 3, 3), e.reshape(-1, 3)
         if F.device.type == "cpu":  # numpy, one F at a time, is several times quicker here than a batch in torch
@@ -219,7 +219,7 @@ def _ranges(Fn, e, shape: tuple[int, int], out_shape: tuple[int, int], t: float)
     turn[:, 0, :2], turn[:, 1, :2], turn[:, 2, 2] = n, d, 1.0
     lines = turn @ Fn @ _like(_normalized_pixels(shape), Fn)  # (B, 3, N)
     along_n, along_d, c = lines[:, 0], lines[:, 1], lines[:, 2]
-    valid = along_n * along_n + along_d * along_d > AT_EPIPOLE**2
+    valid = along_n * along_n + along_d * along_d > _AT_EPIPOLE**2
     angles = _angle(xp, xp.where(near, along_d, -c), along_n)
     order = xp.argsort(angles, axis=-1, stable=False)
     angles = xp.take_along_axis(angles, order, axis=-1)
@@ -376,8 +376,8 @@ def _redirect_dense(values: Tensor, F: Tensor, threshold: float, out_shape: tupl
     lines = Fn @ _like(_normalized_pixels(shape), Fn)  # (..., 3, N)
     normal = torch.linalg.vector_norm(lines[..., :2, :], dim=-2)  # (..., N)
     distance = (_like(_normalized_pixels(out_shape), Fn).mT @ lines).abs()  # (..., N', N), times the normal
-    t = _check_threshold(threshold) * (1 + TIE) / _half_size(out_shape)
-    mask = (distance <= t * normal[..., None, :]) & (normal > AT_EPIPOLE)[..., None, :]
+    t = _check_threshold(threshold) * (1 + _TIE) / _half_size(out_shape)
+    mask = (distance <= t * normal[..., None, :]) & (normal > _AT_EPIPOLE)[..., None, :]
     mask = mask.to(values.dtype)
     if values.ndim == 2:
         return (mask @ values.flatten()).unflatten(-1, out_shape)
@@ -391,7 +391,7 @@ def _redirect_loop(values: Tensor, F: Tensor, threshold: float, out_shape: tuple
     to_src, to_ref = (np.linalg.inv(_pixels_from(s)) for s in ((height, width), out_shape))
     F = (to_ref.mT @ Fn @ to_src).reshape(-1, 3, 3).tolist()
     maps = values.reshape(-1, height, width).tolist()
-    limit = _check_threshold(threshold) * (1 + TIE)
+    limit = _check_threshold(threshold) * (1 + _TIE)
     out = [[[0.0] * out_width for _ in range(out_height)] for _ in maps]
     for m in range(len(maps)):
         f = F[m * len(F) // len(maps)]
@@ -399,7 +399,7 @@ def _redirect_loop(values: Tensor, F: Tensor, threshold: float, out_shape: tuple
         for y, x in itertools.product(range(height), range(width)):
             a, b, c = (row[0] * x + row[1] * y + row[2] for row in f)
             normal = math.hypot(a, b)
-            if normal <= AT_EPIPOLE * largest:
+            if normal <= _AT_EPIPOLE * largest:
                 continue
             for y_ref in range(out_height):
                 for x_ref in range(out_width):
@@ -413,7 +413,7 @@ def _normalized_fundamental(F: Tensor, shape: tuple[int, int], out_shape: tuple[
 
     F_n = T_ref⁻ᵀ F T_src⁻¹, scaled to a largest singular value of 1; the smallest, which must be rounding of F's
     own dtype, is set to zero.  Returns F_n (..., 3, 3) and the epipole e' of the reference view (..., 3) with
-    e'₃ ≥ 0, in float64; numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, rank 1 and rank 3.
+    e'₃ ≥ 0, in float64; numpy for an F on the CPU, torch otherwise.  Raises ValueError for nan, zeros, ranks 1 and 3.
     """
     if F.shape[-2:] != (3, 3) or F.ndim not in (2, 3) or 0 in F.shape:
         raise ValueError(f"F must be (3, 3) or (B, 3, 3), got {tuple(F.shape)}")

@@ -1,8 +1,8 @@
 """Triangulation: points in space from their pixels, or from heatmaps, in several calibrated views.
 
 Pixels are (..., V, 2), without lens distortion, and belong to P (..., V, 3, 4) = K [R | t], whose scale is free; the
-world is in metres.  A view that knows nothing of a point is left out: its pixel is nan, or its weight not above 0.
-Arrays and tensors alike where a signature names neither; torch differentiates.
+world is in metres.  A view that has not seen a point is left out: its pixel is nan, or its weight not above 0.
+Functions whose signature names no type take numpy arrays and torch tensors alike, and are differentiable in torch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from epiutils.epipolar import homogeneous
-from epiutils.heatmaps import STRIDE, decode, probabilities
+from epiutils.heatmaps import STRIDE, soft_argmax
 
-PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular
-NEAREST = 1e-3  # metres: what lies so close to a camera's plane is not what it saw, but where rays of one centre meet
+_PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular
+_NEAREST = 1e-3  # metres from a camera's plane within which there is no scene, only where rays of one centre meet
 
 
 def projection_matrices(K, R, t):
-    """P = K [R | t] of many cameras (H&Z 6.8).  K, R: (..., 3, 3).  t: (..., 3).  Returns (..., 3, 4)."""
+    """P = K [R | t] of many cameras (H&Z 6.8): K, R (..., 3, 3) and t (..., 3) → (..., 3, 4)."""
     return K @ array_namespace(K, R, t).concat([R, t[..., None]], axis=-1)
 
 
 def project(X, P):
-    """Pixels of a point in each view, x ~ P (X, 1).
+    """Pixels of a point in each view, x ~ P (X, 1) (H&Z 6.1).
 
-    X: (..., 3) metres.  P: (..., V, 3, 4).  Returns (..., V, 2).  As in `Camera.project`, a point in or behind the
+    X: (..., 3) metres.  P: (..., V, 3, 4).  Returns (..., V, 2) px.  As in `Camera.project`, a point in or behind the
     camera's plane has no image and gives nan: sign(det M) (P X)₃ ≤ 0, with M the left 3×3 of P (H&Z 6.2.3).
     """
     xp = array_namespace(X, P)
@@ -42,9 +42,9 @@ def project(X, P):
 
 
 def reprojection_error(X, points, P):
-    """Distance in px from the image of a point to its pixel in each view (H&Z 12.3).
+    """Distance from the image of a point to its pixel in each view, |project(X, P) − x| (H&Z 12.3).
 
-    X: (..., 3).  points: (..., V, 2).  P: (..., V, 3, 4).  Returns (..., V), nan where a view has not both.
+    X: (..., 3) metres.  points: (..., V, 2).  P: (..., V, 3, 4).  Returns (..., V) px; nan where a view has not both.
     """
     return array_namespace(X, points, P).linalg.vector_norm(project(X, P) - points, axis=-1)
 
@@ -52,11 +52,11 @@ def reprojection_error(X, points, P):
 def triangulate(points, P, weights=None):
     """The point in space nearest to the rays of its pixels, by weighted linear least squares (DLT; H&Z 12.2).
 
-    A pixel says that X lies on two planes, (x P₃ − P₁)·(X, 1) = 0 and (y P₃ − P₂)·(X, 1) = 0, with Pᵢ the rows of P.
-    Each is divided by the length of its normal: then it is the distance of X to the plane in metres, whatever the
-    scale of P and the size of a pixel, and of equal size in all views, so that the system is well conditioned.  Then
-    it is multiplied by the view's weight (Iskakov et al., ICCV 2019).  The squares are summed with the last
-    coordinate fixed at 1, H&Z's inhomogeneous solution: unlike the unit vector's, it moves with the world.
+    A pixel (x, y) puts X on two planes, (x P₃ − P₁)·(X, 1) = 0 and (y P₃ − P₂)·(X, 1) = 0, with Pᵢ the rows of P.
+    Divided by the length of its normal, each is the distance of X from its plane in metres, whatever the scale of P
+    and the size of a pixel; then it is multiplied by the view's weight (Iskakov et al., ICCV 2019).  The sum of the
+    squares is least at X, the last coordinate fixed at 1: H&Z's inhomogeneous solution, which unlike that of unit
+    length moves with the world.
 
     points: (..., V, 2).  P: (..., V, 3, 4).  weights: (..., V) ≥ 0, of which only the ratios count.
     Returns (..., 3) in the points' dtype, computed in float64, with finite gradients.  nan where fewer than two views
@@ -75,12 +75,12 @@ def triangulate(points, P, weights=None):
     G = xp.sum(planes.mT @ planes, axis=-3)  # (..., 4, 4)
     N, b = G[..., :3, :3], -G[..., :3, 3]  # N X = b
     mean = (N[..., 0, 0] + N[..., 1, 1] + N[..., 2, 2]) / 3
-    meet = (xp.linalg.det(N) > PARALLEL * mean**3)[..., None]
+    meet = (xp.linalg.det(N) > _PARALLEL * mean**3)[..., None]
     N = xp.where(meet[..., None], N, xp.eye(3, dtype=N.dtype, device=N.device))
     X = xp.linalg.solve(N, xp.where(meet, b, xp.zeros_like(b))[..., None])[..., 0]
     facing = xp.sign(xp.linalg.det(P[..., :3])) / xp.linalg.vector_norm(P[..., 2, :3], axis=-1)
     depth = facing * (P[..., 2:, :] @ homogeneous(X)[..., None, :, None])[..., 0, 0]  # (..., V) metres
-    before = xp.all((depth > NEAREST) | ~seen, axis=-1)[..., None]
+    before = xp.all((depth > _NEAREST) | ~seen, axis=-1)[..., None]
     X = xp.where(meet & before, X, xp.full_like(X, xp.nan))
     return xp.astype(X, points.dtype) if xp.isdtype(points.dtype, "real floating") else X
 
@@ -98,11 +98,12 @@ def triangulate_robust(
 
     points: (..., V, 2).  P: (..., V, 3, 4).  weights: (..., V) ≥ 0, of which only the ratios count.  threshold: px; as
     HRNet's accuracy has it, 12.8 px of the network's input are 3.2 px of the heatmap.
-    Returns X (..., 3) and the inliers (..., V) bool: nan, and none, where no two views agree.
+    Returns X (..., 3) metres and the inliers (..., V) bool: nan, and none, where no two views agree.
+    Raises ValueError for a threshold that is not positive.
     """
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, in px, got {threshold}")
-    points = np.asarray(points, dtype=np.float64)
+    points = np.asarray(points, dtype=np.float64)  # (..., V, 2)
     P = np.broadcast_to(np.asarray(P, dtype=np.float64), (*points.shape[:-1], 3, 4))
     w = np.ones(points.shape[:-1]) if weights is None else np.asarray(weights, dtype=np.float64)
     w = np.where(np.isfinite(points).all(-1) & (w > 0), w, 0)
@@ -123,7 +124,7 @@ def triangulate_robust(
 
 
 def _refine(X: np.ndarray, points: np.ndarray, P: np.ndarray, w: np.ndarray, threshold: float) -> np.ndarray:
-    """`triangulate_robust`'s last step from X (N, 3) on, for all points at once; w (N, V), 0 for outliers.
+    """`triangulate_robust`'s last step, for N points at once: X (N, 3) → (N, 3), w (N, V) 0 for outliers.
 
     The unknowns are z in X + T z, T Tᵀ = (JᵀJ)⁻¹: pixels move alike with each of them, well determined or not, and
     the sparse problem of N points converges as one point does.
@@ -157,9 +158,10 @@ def _refine(X: np.ndarray, points: np.ndarray, P: np.ndarray, w: np.ndarray, thr
 
 
 def best_subset(points: np.ndarray, P: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """An oracle that bounds what choosing views can give: of all that two or more triangulate, the nearest to the truth.
+    """An oracle that bounds what a choice of views can give: of all that two or more triangulate, the nearest to truth.
 
-    points: (..., V, 2).  P: (..., V, 3, 4).  true: (..., 3).  Returns (..., 3), nan where no two views have a point.
+    points: (..., V, 2).  P: (..., V, 3, 4).  true: (..., 3) metres.  Returns (..., 3), nan where no two views have a
+    point.
     """
     points, true = np.asarray(points, dtype=np.float64), np.asarray(true, dtype=np.float64)
     best, least = np.full(true.shape, np.nan), np.full(true.shape[:-1], np.inf)
@@ -172,41 +174,14 @@ def best_subset(points: np.ndarray, P: np.ndarray, true: np.ndarray) -> np.ndarr
     return best
 
 
-def soft_argmax(heatmaps: Tensor, sharpness: float = 15.0) -> tuple[Tensor, Tensor]:
-    """The mean position under softmax(β H / max H), the differentiable arg-max (Sun et al., ECCV 2018).
+def triangulate_heatmaps(heatmaps: Tensor, P: Tensor | np.ndarray) -> Tensor:
+    """Joints in space from their heatmaps: `triangulate` of the `soft_argmax`, weighted by the heights of the peaks.
 
-    sharpness: β.  For a Gaussian of σ = 2 the error is 0.02 px at β = 15; less leaks into the background, more falls
-    back to whole pixels.  A map with nothing above 0 has no peak, and its point means nothing.
-    heatmaps: (..., H, W).  Returns points (..., 2), heatmap px (x, y), and the heights (...) of the peaks.
+    Gradients reach every pixel.  A view whose map has nothing above 0 is left out.
+
+    heatmaps: (..., V, J, H, W).  P: (..., V, 3, 4) of the network's inputs, `STRIDE` of whose pixels are one of the
+    heatmap.  Returns (..., J, 3) metres, nan where `triangulate` has none.
     """
-    peak = heatmaps.flatten(-2).amax(-1)
-    scaled = heatmaps / torch.where(peak > 0, peak, torch.ones_like(peak))[..., None, None]
-    p = probabilities(scaled, sharpness)
-    x, y = (torch.arange(size, dtype=p.dtype, device=p.device) for size in (p.shape[-1], p.shape[-2]))
-    return torch.stack([(p.sum(-2) * x).sum(-1), (p.sum(-1) * y).sum(-1)], -1), peak
-
-
-def from_heatmaps(
-    heatmaps: Tensor,
-    P: Tensor | np.ndarray,
-    method: str = "dark",
-    weighted: bool = True,
-    threshold: float | None = None,
-) -> Tensor:
-    """Joints in space from their heatmaps in several views; a view whose map has nothing above 0 is left out.
-
-    method: of `decode`, or "soft" for `soft_argmax`, through which gradients reach every pixel.  weighted: by the
-    heights of the peaks, or all views alike.  threshold: None for `triangulate`; px of the network's input for
-    `triangulate_robust`, which has no gradient.
-
-    heatmaps: (..., V, J, H, W).  P: (..., V, 3, 4) of the network's inputs, whose pixels are `STRIDE` to one of the
-    heatmap.  Returns (..., J, 3) metres, nan where those two functions say.
-    """
-    points, peak = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
-    points, peak = STRIDE * points.movedim(-3, -2), peak.movedim(-2, -1)  # (..., J, V, 2), (..., J, V)
-    weights = peak if weighted else (peak > 0).to(peak)
+    points, peak = soft_argmax(heatmaps)  # (..., V, J, 2), (..., V, J)
     P = torch.as_tensor(P, device=points.device)[..., None, :, :, :]  # (..., 1, V, 3, 4)
-    if threshold is None:
-        return triangulate(points, P, weights)
-    X, _ = triangulate_robust(*(a.detach().cpu().numpy() for a in (points, P, weights)), threshold)
-    return torch.from_numpy(X).to(points)
+    return triangulate(STRIDE * points.movedim(-3, -2), P, peak.movedim(-2, -1))

@@ -118,19 +118,6 @@ def test_a_crop_moves_every_pixel_by_its_affine(A, distortion):
     assert cropped.size == (64, 96) and camera.size == (320, 240)
 
 
-def test_a_resize_keeps_pixel_areas_as_cv2_resize_does():
-    camera = plain()
-    small = camera.resize((160, 80))
-    image = np.zeros((240, 320), np.float32)
-    image[120:123, 200:202] = 1  # pixel areas: centre of mass (200.5, 121)
-    ys, xs = np.nonzero(image)
-    X = np.linalg.inv(camera.K) @ (xs.mean(), ys.mean(), 1) * 3 - (0, 0, 3)
-    shrunk = cv2.resize(image, (160, 80), interpolation=cv2.INTER_AREA)
-    total, (yy, xx) = shrunk.sum(), np.indices(shrunk.shape)
-    np.testing.assert_allclose(small.project(X), ((xx * shrunk).sum() / total, (yy * shrunk).sum() / total), atol=1e-5)
-    np.testing.assert_allclose(small.resize((320, 240)).K, camera.K)
-
-
 def test_crop_affine_puts_the_square_where_it_should():
     A = crop_affine((100, 60), side=50, size=(200, 120))
     for point, expected in {(100, 60): (100, 60), (75, 60): (0, 60), (100, 35): (100, -40)}.items():

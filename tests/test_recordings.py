@@ -30,7 +30,7 @@ from epiutils.data.recordings import (
 )
 from epiutils.epipolar import symmetric_epipolar_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
-from epiutils.triangulate import from_heatmaps
+from epiutils.triangulate import triangulate
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing"
 WIDTH, HEIGHT, FRAMES = 160, 240, 24
@@ -318,7 +318,8 @@ def test_detections_as_a_network_would_predict_them_are_those_of_the_views(made)
         x = [view.joints @ HEATMAP_FROM_INPUT[:2, :2].T + HEATMAP_FROM_INPUT[:2, 2] for view in views]
         for s, r in ((0, 1), (1, 0)):
             assert symmetric_epipolar_distance(seen.F[n, s, r].numpy(), x[s], x[r]).max() < 1e-6
-        X = from_heatmaps(seen.output[n].double(), P)
+        points, peak = decode(seen.output[n].double(), "dark")
+        X = triangulate(4 * points.transpose(0, 1), P, peak.T)
         np.testing.assert_allclose(X, body("BODY_25B", (0.02 * t, 0, 0)), atol=2e-3)
     assert as_predicted(recording, [2, 0])[1].tolist() == [2]
     with pytest.raises(ValueError, match="none of the frames wanted has a person in every view"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rigs import camera_pair, look_at, random_maps, world_points
 
 from epiutils.epipolar import find_fundamental, fundamental_from_cameras, transfer
-from epiutils.redirect import TIE, Pencil, _half_size, _normalized_fundamental, _ranges, redirect
+from epiutils.redirect import _TIE, Pencil, _half_size, _normalized_fundamental, _ranges, redirect
 
 METHODS = ("loop", "dense", "pencil")
 RECTIFIED = np.array([[0, 0, 0], [0, 0, -1.0], [0, 1, 0]])  # same rows: the line of (x, y) is y_ref = y
@@ -461,7 +461,7 @@ def test_the_set_up_in_torch_which_a_gpu_uses_finds_the_same_bands(kind):
     shape, out_shape, threshold = (6, 9), (8, 7), 1.234
     F = np.stack([KINDS[kind](np.random.default_rng(seed), shape, out_shape) for seed in range(3)])
     normalized = _normalized_fundamental(torch.from_numpy(F), shape, out_shape)
-    t = threshold * (1 + TIE) / _half_size(out_shape)
+    t = threshold * (1 + _TIE) / _half_size(out_shape)
     found = _ranges(*(torch.as_tensor(a) for a in normalized), shape, out_shape, t)
     assert all(isinstance(part, torch.Tensor) for part in found)
     values = random_maps(3, 2, *shape)

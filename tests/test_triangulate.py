@@ -11,15 +11,14 @@ from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import crop_affine
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render, soft_argmax
 from epiutils.triangulate import (
     best_subset,
-    from_heatmaps,
     project,
     projection_matrices,
     reprojection_error,
-    soft_argmax,
     triangulate,
+    triangulate_heatmaps,
     triangulate_robust,
 )
 
@@ -545,52 +544,57 @@ def heatmap_scene(seed, views=4, joints=5):
     )
 
 
+def from_peaks(heatmaps, P, method):
+    """Pixels of the network's input (J, V, 2) and the heights of their peaks (J, V), as arguments of `triangulate`."""
+    points, peaks = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
+    return 4 * points.transpose(0, 1).numpy(), P, peaks.T.numpy()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_heatmaps_of_known_joints_give_them_back_as_finely_as_they_are_decoded(seed):
     X, heatmaps, P = heatmap_scene(seed)
-    errors = {method: (from_heatmaps(heatmaps, P, method) - X).norm(dim=-1).max()
-              for method in ("dark", "soft", "quarter", "argmax")}  # fmt: skip
-    assert errors["dark"] < 1e-9 and errors["soft"] < 2e-3 < errors["argmax"] and errors["quarter"] < 0.05
-    np.testing.assert_allclose(from_heatmaps(heatmaps, torch.from_numpy(P), threshold=5.0), X, atol=1e-7)
-    for threshold in (None, 5.0):
-        single = from_heatmaps(heatmaps.float(), P, threshold=threshold)
-        assert single.dtype == torch.float32 and (single - X).norm(dim=-1).max() < 1e-4
+    error = lambda Y: np.linalg.norm(Y - X.numpy(), axis=-1).max()
+    soft = triangulate_heatmaps(heatmaps, torch.from_numpy(P))
+    assert error(triangulate(*from_peaks(heatmaps, P, "dark"))) < 1e-9 and error(soft.numpy()) < 2e-3
+    assert error(triangulate(*from_peaks(heatmaps, P, "quarter"))) < 0.05
+    assert error(triangulate(*from_peaks(heatmaps, P, "argmax"))) > 2e-3
+    np.testing.assert_allclose(triangulate_robust(*from_peaks(heatmaps, P, "dark"), 5.0)[0], X, atol=1e-7)
+    single = triangulate_heatmaps(heatmaps.float(), P)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single, soft, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["dark", "soft"])
-def test_peaks_weigh_and_maps_without_one_are_left_out(method):
+def test_peaks_weigh_and_maps_without_one_are_left_out():
     _, heatmaps, P = heatmap_scene(0)
     heatmaps = heatmaps.roll((2, -1), (-2, -1)) * torch.tensor([1.0, 0.2, 0.6, 0.9])[:, None, None, None]
     heatmaps[1, 2], heatmaps[0, 4] = 0, -heatmaps[0, 4]  # view 1 has no joint 2, view 0 no joint 4
-    points, peaks = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
+    x, _, peaks = from_peaks(heatmaps, P, "soft")
+    found = triangulate_heatmaps(heatmaps, P).numpy()
     for j in range(5):
         views = [v for v in range(4) if (v, j) not in ((1, 2), (0, 4))]
-        expected = triangulate(4 * points[views, j].numpy(), P[views], peaks[views, j].numpy())
-        np.testing.assert_allclose(from_heatmaps(heatmaps, P, method)[j], expected, atol=1e-10)
-        alike = triangulate(4 * points[views, j].numpy(), P[views])
-        np.testing.assert_allclose(from_heatmaps(heatmaps, P, method, weighted=False)[j], alike, atol=1e-10)
-        assert np.abs(alike - expected).max() > 1e-4
+        np.testing.assert_allclose(found[j], triangulate(x[j, views], P[views], peaks[j, views]), atol=1e-10)
+        assert np.abs(found[j] - triangulate(x[j, views], P[views])).max() > 1e-4
     heatmaps[1:, 0] = 0
-    assert from_heatmaps(heatmaps, P, method).isnan().any(-1).tolist() == [True, False, False, False, False]
+    assert triangulate_heatmaps(heatmaps, P).isnan().any(-1).tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_view_with_its_peaks_elsewhere_is_rejected_only_by_the_robust_one(seed):
     X, heatmaps, P = heatmap_scene(seed)
     heatmaps[seed % 4] = heatmaps[seed % 4].roll(14, -2).roll(9, -1)
-    plain, robust = from_heatmaps(heatmaps, P), from_heatmaps(heatmaps, P, threshold=12.8)
-    np.testing.assert_allclose(robust, X, atol=1e-6)
-    assert (plain - X).norm(dim=-1).min() > 0.02
+    peaks = from_peaks(heatmaps, P, "dark")
+    np.testing.assert_allclose(triangulate_robust(*peaks, 12.8)[0], X, atol=1e-6)
+    for plain in (triangulate(*peaks), triangulate_heatmaps(heatmaps, P).numpy()):
+        assert np.linalg.norm(plain - X.numpy(), axis=-1).min() > 0.02
 
 
 def test_batches_of_heatmaps_are_a_loop():
     scenes = [heatmap_scene(seed, views=3) for seed in range(4)]
     heatmaps, P = torch.stack([scene[1] for scene in scenes]), np.stack([scene[2] for scene in scenes])
-    for arguments in ({}, {"method": "soft"}, {"method": "argmax", "threshold": 12.8}):
-        batched = from_heatmaps(heatmaps.unflatten(0, (2, 2)), P.reshape(2, 2, 3, 3, 4), **arguments)
-        looped = torch.stack([from_heatmaps(h, p, **arguments) for h, p in zip(heatmaps, P, strict=True)])
-        assert batched.shape == (2, 2, 5, 3)
-        np.testing.assert_allclose(batched.flatten(0, 1), looped, atol=1e-6)
+    batched = triangulate_heatmaps(heatmaps.unflatten(0, (2, 2)), P.reshape(2, 2, 3, 3, 4))
+    looped = torch.stack([triangulate_heatmaps(h, p) for h, p in zip(heatmaps, P, strict=True)])
+    assert batched.shape == (2, 2, 5, 3)
+    np.testing.assert_allclose(batched.flatten(0, 1), looped, atol=1e-6)
 
 
 def test_the_soft_argmax_is_a_mean_under_softmax_and_does_not_depend_on_the_height():
@@ -612,16 +616,14 @@ def test_gradients_through_the_soft_argmax_are_finite_differences_and_reach_ever
     heatmaps = heatmaps[..., 8:-8, 8:-8] + 0.01 * random_maps(4, 2, 48, 32)
     P = np.array([[1, 0, -32], [0, 1, -32], [0, 0, 1]]) @ P
     some = heatmaps[:, :, ::9, ::11].contiguous()  # no camera took these; gradcheck needs them small
-    small = lambda maps: from_heatmaps(maps, np.diag([0.1, 0.1, 1]) @ P, "soft")
+    small = lambda maps: triangulate_heatmaps(maps, np.diag([0.1, 0.1, 1]) @ P)
     assert small(some).isfinite().all()
     assert torch.autograd.gradcheck(small, some.requires_grad_(), atol=1e-5)
     heatmaps[0, 0], heatmaps[1, 1] = 0, -heatmaps[1, 1].abs()
-    for method, everywhere in (("soft", True), ("dark", False)):
-        maps = heatmaps.clone().requires_grad_()
-        from_heatmaps(maps, P, method).sum().backward()
-        assert maps.grad.isfinite().all() and maps.grad.any()
-        assert not maps.grad[0, 0].any() and not maps.grad[1, 1].any()
-        assert (maps.grad[2] != 0).all() == everywhere
+    maps = heatmaps.clone().requires_grad_()
+    triangulate_heatmaps(maps, P).sum().backward()
+    assert maps.grad.isfinite().all() and maps.grad.any()
+    assert not maps.grad[0, 0].any() and not maps.grad[1, 1].any() and (maps.grad[2] != 0).all()
 
 
 def test_descent_on_heatmaps_brings_the_joints_to_their_places():
@@ -631,16 +633,14 @@ def test_descent_on_heatmaps_brings_the_joints_to_their_places():
     optimiser = torch.optim.Adam([maps], 0.01)
     for _ in range(40):
         optimiser.zero_grad()
-        (from_heatmaps(maps, P, "soft") - X).norm(dim=-1).mean().backward()
+        (triangulate_heatmaps(maps, P) - X).norm(dim=-1).mean().backward()
         optimiser.step()
-    error = lambda h: (from_heatmaps(h, P, "soft") - X).norm(dim=-1).mean()
+    error = lambda h: (triangulate_heatmaps(h, P) - X).norm(dim=-1).mean()
     assert error(maps.detach()) < 0.3 * error(start)
 
 
-def test_a_method_that_is_none_and_a_threshold_that_is_not_positive_are_named():
-    _, heatmaps, P = heatmap_scene(0)
-    with pytest.raises(ValueError, match="method must be .*'sharp'"):
-        from_heatmaps(heatmaps, P, "sharp")
-    for wrong in (0, -1.0, np.nan):
-        with pytest.raises(ValueError, match="threshold must be positive, in px, got"):
-            from_heatmaps(heatmaps, P, threshold=wrong)
+@pytest.mark.parametrize("wrong", [0, -1.0, np.nan])
+def test_a_threshold_that_is_not_positive_is_named(wrong):
+    _, points, P = seen(0)
+    with pytest.raises(ValueError, match="threshold must be positive, in px, got"):
+        triangulate_robust(points, P, threshold=wrong)
