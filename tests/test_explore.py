@@ -4,11 +4,12 @@ import json
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from epiutils.explore import MAX_FRAMES, explore
+from epiutils.explore import MAX_FRAMES, encode, explore
 
 
 def draw(threshold=2, view="left", grid=False, gain=0.5):
@@ -36,6 +37,14 @@ def test_moving_a_control_redraws_picture_and_caption():
     assert panel.caption == "threshold 3, left, False, 0.5"
     assert panel.view.children[1].value != before
     assert Image.open(io.BytesIO(panel.view.children[1].value)).width == round(300 * panel.scale)
+
+
+def test_a_picture_is_matplotlibs_own_to_the_last_pixel():
+    for width in (300, 233):
+        expected, figure = io.BytesIO(), draw(4)[0]
+        figure.savefig(expected, format="png", dpi=width / 3)
+        with Image.open(expected) as image, Image.open(io.BytesIO(encode(draw(4)[0], width))) as ours:
+            assert ours.mode == "RGB" and np.array_equal(image.convert("RGB"), ours)
 
 
 def test_an_exception_becomes_the_caption_and_the_explorer_lives_on():

@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: every notebook opens and runs, a slider moves, the picture follows."""
+"""JupyterLab in a real browser: every notebook opens and runs, and every explorer's picture follows its control."""
 
 import os
 import re
@@ -25,19 +25,25 @@ SETTINGS = {
     "@jupyterlab/apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
     "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "defer"}',  # keeps cells off screen in the page
 }
-READY = """() => { const w = window.jupyterapp?.shell.currentWidget;
-    return w?.sessionContext?.session?.kernel?.status === 'idle' }"""
+OPEN = "path => window.jupyterapp.commands.execute('docmanager:open', {path}).then(() => null)"
+READY = """path => { const w = window.jupyterapp.shell.currentWidget;
+    return w?.context?.path === path && w.sessionContext.session?.kernel?.status === 'idle' }"""
 RUN = """() => { window.ran = false;
     window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true }) }"""
 FAILED = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code'
     && (cell.executionCount === null || cell.outputs.toJSON().some(output => output.output_type === 'error')))
     .map(cell => cell.sharedModel.getSource())"""
-EXPLORER = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
-    const text = cell => cell.type === 'code' ? cell.sharedModel.getSource() : '';
-    const i = [...nb.model.cells].findIndex(cell => text(cell).includes('explore(')
-        && cell.outputs.toJSON().some(output => 'application/vnd.jupyter.widget-view+json' in (output.data ?? {})));
-    if (i >= 0) nb.activeCellIndex = i;
-    return i < 0 ? i : nb.scrollToItem(i, 'start').then(() => i) }"""
+EXPLORERS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].flatMap((cell, i) =>
+    cell.type === 'code' && cell.outputs.toJSON().some(output => 'image/png' in (output.data ?? {})
+        && 'application/vnd.jupyter.widget-view+json' in output.data) ? [i] : [])"""
+SHOW = """i => { const nb = window.jupyterapp.shell.currentWidget.content;
+    nb.activeCellIndex = i; return nb.scrollToItem(i, 'start').then(() => null) }"""
+WATCH = """image => { window.took = null; let start = null;
+    for (const kind of ['keydown', 'change', 'click'])
+        document.addEventListener(kind, () => { start ??= performance.now() }, {capture: true, once: true});
+    image.addEventListener('load', () => { window.took = performance.now() - start }, {once: true}) }"""
+CLOSE = """() => { window.jupyterapp.shell.currentWidget?.dispose();
+    return window.jupyterapp.serviceManager.sessions.shutdownAll() }"""
 
 # The copies that the browser runs are lighter, where they have such a parameter: nbval runs what is committed
 LIGHTER = {"frozen_iterations": 10, "free_iterations": 2, "test_every": 30, "seeds": 2, "trials": 2}
@@ -101,43 +107,59 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A headless chromium."""
+def page(lab):
+    """A page of a headless chromium that shows the lab."""
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS.split())
-        yield chromium
+        page = chromium.new_page(viewport={"width": 1300, "height": 950})
+        page.set_default_timeout(60_000)
+        page.goto(f"{lab}/lab?reset")
+        page.locator("#jupyterlab-splash").wait_for(state="detached")
+        page.wait_for_function("window.jupyterapp?.commands.hasCommand('docmanager:open')")
+        page.evaluate("window.jupyterapp.restored.then(() => null)")
+        yield page
         chromium.close()
 
 
+def move(cell, step: int) -> None:
+    """Move the first control of an explorer there (step 1) or back (step 0): a slider, else a menu, else a box."""
+    slider, menu, box = (cell.locator(kind) for kind in (".widget-slider [role=slider]", "select", "[type=checkbox]"))
+    if slider.count():
+        slider.first.focus()
+        low, now, high = (float(slider.first.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
+        assert low < high
+        slider.first.press("ArrowRight" if now == low or (step and now < high) else "ArrowLeft")
+    elif menu.count():
+        last = menu.first.locator("option").count() - 1
+        now = menu.first.evaluate("menu => menu.selectedIndex")
+        menu.first.select_option(index=now - 1 if now == last or not step and now else now + 1)
+    else:
+        box.first.click()
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_its_explorer_follows_the_slider(lab, browser, notebook, capsys):
-    page = browser.new_page(viewport={"width": 1300, "height": 950})
-    page.set_default_timeout(60_000)
+def test_a_notebook_runs_and_every_explorer_follows_its_control(page, notebook, capsys):
+    path, best = f"notebooks/{notebook.name}", {}
     try:
-        page.goto(f"{lab}/lab/tree/notebooks/{notebook.name}?reset")
-        page.locator("#jupyterlab-splash").wait_for(state="detached")
-        page.wait_for_function(READY)
+        page.evaluate(OPEN, path)
+        page.wait_for_function(READY, arg=path)
         page.evaluate(RUN)
         page.wait_for_function("window.ran", timeout=300_000)
         assert page.evaluate(FAILED) == [], "cells that were not run, or failed"
-        index = page.evaluate(EXPLORER)
-        assert index >= 0, "no cell shows an explorer"
-        cell = page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{index}']")
-        slider, picture = cell.locator(".widget-slider [role=slider]").first, cell.locator("img.widget-image").first
-        picture.wait_for()
-        slider.focus()
-        keys = ["ArrowRight", "ArrowLeft"]
-        if slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax"):
-            keys.reverse()
-        waits = []
-        for key in keys + keys[:1]:
-            before, start = picture.get_attribute("src"), time.perf_counter()
-            page.keyboard.press(key)
-            page.wait_for_function(
-                "([image, old]) => image.src !== old", arg=[picture.element_handle(), before], timeout=20_000
-            )
-            waits.append(1000 * (time.perf_counter() - start))
-        with capsys.disabled():
-            print(f"\n{notebook.stem}: the picture follows the slider after {min(waits):.0f}-{max(waits):.0f} ms")
+        for index in page.evaluate(EXPLORERS):
+            page.evaluate(SHOW, index)
+            cell = page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{index}']")
+            picture = cell.locator("img.widget-image").first
+            picture.wait_for()
+            for step in (1, 0, 1):
+                before = picture.get_attribute("src")
+                picture.evaluate(WATCH)
+                move(cell, step)
+                took = page.wait_for_function("window.took", timeout=20_000).json_value()
+                assert picture.get_attribute("src") != before
+                best[index] = min(took, best.get(index, took))
+        assert best, "no cell shows an explorer"
     finally:
-        page.close()
+        page.evaluate(CLOSE)
+    with capsys.disabled():
+        print(f"\n{notebook.stem}: pictures follow after", ", ".join(f"{took:.0f} ms" for took in best.values()))
