@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +18,44 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from epiutils.data.human36m import Human36M
 
-HERE = Path(__file__).resolve().parent
-NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 ANYWHERE = r"(?:(?<![\w.<])|(?<=\\[nrt])|(?<=\dm))/\w+/"  # an absolute path, after an escaped line end or colour too
 PLACE = re.compile(rf"(?:/home/|/Users/|/root/|/tmp/|{ANYWHERE}|[A-Z]:\\\\)\w+")
+ELSEWHERE = re.compile(  # what reads, or may read, relative to where a kernel was started
+    r"""\.\./|\bsys\.path\b|\b(?:open|Path|listdir|glob)\(\s*[rbf]?["'.]|\b(?:chdir|getcwd|cwd)\b|__file__|^\s*[%!]"""
+    r"""|["'][\w./-]*\.(?:json|npz|npy|pt|safetensors|csv|txt|toml|png|jpe?g|mp4)["']""",
+    re.MULTILINE,
+)
+VIEW = "application/vnd.jupyter.widget-view+json"
+IDEA = ("cameras", "epipolar", "heatmaps", "redirect", "fusion", "triangulate", "space", "metrics")
+OPEN = (*IDEA, "data", "studies", "plot", "explore", "report.record")  # what notebooks import from
+# Notebooks that are still to be cut to the limits: their longest cells, their names, and what else they import
+LONGEST = {"02": 14, "03": 15, "04": 21, "05": 19, "06": 17, "07": 19}
+NAMES = {"04": 35, "05": 38, "06": 28, "07": 32}
+NETWORKS = {"networks.hrnet.load_checkpoint", "networks.hrnet.normalise", "networks.loop.train"}
+NETWORKS |= {"networks.predict.predict", "benchmarks.redirect"}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def cells(request):
+def path(request):
+    """A committed notebook's file."""
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, 4)
+
+
+@pytest.fixture
+def cells(notebook):
     """The code cells of a committed notebook."""
-    return [cell for cell in nbformat.read(request.param, 4).cells if cell.cell_type == "code"]
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def code_lines(cell):
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
 def test_every_cell_was_run_and_none_failed(cells):
@@ -42,10 +71,39 @@ def test_the_first_cell_holds_parameters_and_nothing_but_literals(cells):
         ast.literal_eval(statement.value)
 
 
-def test_cells_are_short_and_without_what_stalls_headless_runs(cells):
+def test_cells_are_short_and_without_what_stalls_headless_runs(path, cells):
     for cell in cells:
-        assert len(cell.source.splitlines()) <= 20, cell.source
+        assert code_lines(cell) <= LONGEST.get(path.name[:2], 12), cell.source
         assert not re.search(r"\binteract(ive|ive_output)?\b|\bOutput\(", cell.source), cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:1], ids=lambda path: path.stem)
+def test_the_first_notebooks_have_one_idea_a_cell_and_say_more_than_they_compute(notebook, cells):
+    assert statistics.median(map(code_lines, cells)) <= 5
+    prose, code = (
+        sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == kind)
+        for kind in ("markdown", "code")
+    )
+    assert prose >= code, f"{prose} words for {code} of code"
+    assert any(re.search(r"\.controls\[.+\]\.value = ", cell.source) for cell in cells), "an explorer is moved"
+
+
+def test_notebooks_import_few_names_and_only_what_is_theirs(path, cells):
+    names = set()
+    for node in ast.walk(ast.parse("\n".join(cell.source for cell in cells))):
+        if isinstance(node, ast.Import):
+            assert not [alias for alias in node.names if alias.name.split(".")[0] == "epiutils"], "from … import …"
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("epiutils", "benchmarks"):
+            names |= {f"{node.module}.{alias.name}".removeprefix("epiutils.") for alias in node.names}
+    assert 1 <= len(names) <= NAMES.get(path.name[:2], 15), f"{len(names)}: {sorted(names)}"
+    for name in names - NETWORKS:
+        assert any(f"{name}.".startswith(f"{module}.") for module in OPEN), name
+        assert not any(part.startswith("_") for part in name.split(".")), name
+
+
+def test_every_notebook_shows_an_explorer(cells):
+    shown = [cell for cell in cells if any(VIEW in output.get("data", {}) for output in cell.outputs)]
+    assert any("explore(" in cell.source for cell in shown)
 
 
 def test_no_cell_ends_with_a_semicolon(cells):
@@ -77,7 +135,7 @@ def test_a_changed_number_fails_nbval(tmp_path, stored, passes):
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(nb, tmp_path / "01_tiny.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
-    command += ["--nbval-sanitize-with", HERE / "nbval_sanitize.cfg", "-c", os.devnull, "01_tiny.ipynb"]
+    command += ["--nbval-sanitize-with", ROOT / "tests" / "nbval_sanitize.cfg", "-c", os.devnull, "01_tiny.ipynb"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     said = re.sub(r"\x1b\[[0-9;]*m", "", ran.stdout)
     assert ran.returncode == (0 if passes else 1), ran.stdout + ran.stderr
@@ -93,11 +151,11 @@ def test_the_training_runs_on_human36m(tmp_path):
         for shot in itertools.chain(*Human36M(folder, split, subjects=(subject,)).shots):
             write_jpeg(folder / shot.picture, grey)
     command = [sys.executable, "-m", "epiutils.report", "--only", "04", "--dataset", folder, "--out", tmp_path / "out"]
-    point = HERE.parent / "data" / "checkpoints" / "original.safetensors"  # as a file of one's own is named
+    point = ROOT / "data" / "checkpoints" / "original.safetensors"  # as a file of one's own is named
     small = {"frozen_iterations": 3, "free_iterations": 1, "batch": 2, "test_every": 1, "seeds": 1, "point": point}
     command += itertools.chain(*(("-p", name, str(value)) for name, value in small.items()))
     ran = subprocess.run(
-        [str(word) for word in command], env=os.environ | {"EPIUTILS_CACHE": str(tmp_path)}, cwd=HERE.parent,
+        [str(word) for word in command], env=os.environ | {"EPIUTILS_CACHE": str(tmp_path)}, cwd=ROOT,
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -106,3 +164,52 @@ def test_the_training_runs_on_human36m(tmp_path):
     for name in ("hrnet", "original_frozen", "original_free"):
         assert "accuracy" in metrics["training"][name] and "accuracy_occluded" not in metrics["training"][name]
     assert "full" not in metrics["training"]  # what is stored is of others
+
+
+# Wherever it is started
+
+
+def test_no_cell_reads_what_lies_beside_the_notebook(path, cells):
+    """What is stored is found by the package, which knows its own place."""
+    if path.name[:2] == "03":
+        pytest.xfail("the ladder is still looked for above")
+    for cell in cells:
+        assert not ELSEWHERE.search(cell.source), cell.source
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('json.load(open("../data/results/fusion.json"))', True),
+        ("Path('data') / name", True),
+        ("open('points.csv')", True),
+        ("np.load('data/results/best.npz')", True),
+        ("sys.path.append('..')", True),
+        ("x = 1\nos.chdir(folder)", True),
+        ("%cd ..", True),
+        ('f"{Path(point).stem}"', False),
+        ("data = open_dataset(recording)", False),
+        ("runs.load('best')", False),
+        ("100 % share", False),
+    ],
+)
+def test_a_place_is_known_when_it_is_seen(source, found):
+    assert bool(ELSEWHERE.search(source)) == found
+
+
+def test_a_notebook_runs_from_wherever_it_is_started(tmp_path):
+    """From the root, by papermill, which stays there, and by nbconvert, which goes to the notebook's folder.
+
+    nbval runs all notebooks in their own folder, JupyterLab copies of them in another one.
+    """
+    started = []
+    for tool, notebook in (("papermill", NOTEBOOKS[0]), ("nbconvert", NOTEBOOKS[1])):
+        name, out = os.path.relpath(notebook, ROOT), tmp_path / f"{tool}.ipynb"
+        options = [name, out, "-p", "trials", 1] if tool == "papermill" else ["--execute", name, "--to", "notebook"]
+        command = [sys.executable, "-m", tool, *options, *(["--output", out] if tool == "nbconvert" else [])]
+        with (tmp_path / f"{tool}.log").open("w") as log:
+            started.append((out, log.name, subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log)))
+    for out, log, process in started:
+        assert process.wait(300) == 0, Path(log).read_text()
+        outputs = [output for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", [])]
+        assert any("image/png" in output.get("data", {}) for output in outputs)
