@@ -1,20 +1,27 @@
 """Heatmaps that are computed once, and the scores of fusing them, against literal loops."""
 
+import functools
 import itertools
 import math
 import os
 import pickle
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from files36m import labels, write_jpeg, write_karfly
+from rigs import look_at, random_maps
 from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, literal_views, made_up, repaired, toy
 from torch import nn
 
+from epiutils import cameras
+from epiutils.cameras import Camera
+from epiutils.data import dataset as data_sets
 from epiutils.data import people
-from epiutils.data.dataset import SPLITS, Benchmark, MultiView
+from epiutils.data.dataset import SPLITS, Benchmark, Instant, MultiView
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import Predicted
 from epiutils.fusion import OriginalFusion
@@ -30,6 +37,7 @@ from epiutils.studies.predicted import (
     found_by,
     fuse_views,
     heatmaps_once,
+    kept,
     open_split,
     peaks,
     summary,
@@ -174,6 +182,114 @@ def test_peaks_are_in_pixels_of_the_input_and_as_high_as_the_maps():
     assert heights.shape == (1, 2) and heights[0, 0] == maps[0].max()
 
 
+# What is kept in the cache
+
+
+def counting(values) -> Callable:
+    """A function that gives copies of these values, and counts how often it was asked."""
+
+    def make():
+        make.calls += 1
+        return {name: value.clone() for name, value in values.items()}
+
+    make.calls = 0
+    return make
+
+
+def test_the_same_result_is_made_once_and_read_as_it_was(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "new"))
+    make = counting({"a": random_maps(3, 5, 7), "b": torch.arange(4), "c": random_maps(2).half()})
+    for _ in range(3):
+        given = kept("some", [1, "two", [3.0, None], {"four": slice(5)}], make)
+        assert all(torch.equal(value, given[name]) for name, value in make().items())
+        assert {name: value.dtype for name, value in given.items()} == {name: v.dtype for name, v in make().items()}
+        make.calls -= 2
+    assert make.calls == 1 and capsys.readouterr().err == ""
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.name.startswith("some-") and torch.load(path, weights_only=True).keys() == given.keys()
+
+
+def damaged(how: str, contents: bytes, seed: int) -> bytes:
+    rng, changed = np.random.default_rng(seed), bytearray(contents)
+    at = int(rng.integers(len(contents)))
+    if how == "a flipped bit":
+        changed[at] ^= 1 << int(rng.integers(8))
+    elif how == "a page of zeros":
+        first = at // 512 * 512
+        changed[first : first + 512] = bytes(len(changed[first : first + 512]))
+    elif how == "truncated":
+        del changed[at:]
+    elif how == "longer":
+        changed += b"0"
+    else:
+        changed = bytearray(rng.bytes(len(contents)))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "a page of zeros", "truncated", "longer", "another file"])
+def test_what_is_damaged_is_made_anew_and_said(monkeypatch, tmp_path, capsys, how):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path))
+    make = counting({"values": 1 + random_maps(5, 7, 11)})
+    kept("some", [1], make)
+    (path,) = tmp_path.iterdir()
+    whole, times = path.read_bytes(), 60
+    for seed in range(times):
+        path.write_bytes(damaged(how, whole, seed))
+        given = kept("some", [1], make)
+        assert torch.equal(given["values"], make()["values"]) and path.read_bytes() == whole
+        assert capsys.readouterr().err == f"{path.name} in the cache is damaged: it is made anew\n"
+    assert make.calls == 1 + 2 * times
+    path.write_bytes(b"")
+    kept("some", [1], make)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_another_result_does_not_fit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path))
+    kept("some", [1], counting({"values": torch.zeros(3)}))
+    (one,) = tmp_path.iterdir()
+    kept("some", [2], counting({"values": torch.ones(3)}))
+    (two,) = set(tmp_path.iterdir()) - {one}
+    two.write_bytes(one.read_bytes())
+    assert torch.equal(kept("some", [2], counting({"values": torch.ones(3)}))["values"], torch.ones(3))
+    assert two.name in capsys.readouterr().err
+
+
+def test_whatever_differs_has_a_file_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path))
+    checkpoint, maps = tmp_path / "weights", random_maps(2, 3)
+    checkpoint.write_bytes(b"some weights")
+    rng = [
+        Instant(9, "walk", 7, 3),
+        Instant(9, "walk", 7, 4),
+        look_at((0, 3, 1), (0, 0, 1)),
+        look_at((0, 3, 2), (0, 0, 1)),
+    ]
+    different = [
+        [], [[]], [1], [1.0], [True], ["1"], ["1", "2"], ["12"], [["1"], "2"], [["1", "2"]], [None], [{"1": "2"}],
+        [maps], [maps.numpy()[:1]], [maps.reshape(3, 2)], [maps.float()], [maps + 1e-15], *([each] for each in rng),
+        [checkpoint], [Camera], [Predicted], [slice(1)], [slice(2)], [range(2)],
+    ]  # fmt: skip
+    for number, depends in enumerate(different):
+        for _ in range(2):
+            assert kept("some", depends, lambda n=number: {"number": n})["number"] == number, depends
+    of_maps = next(n for n, depends in enumerate(different) if depends and depends[0] is maps)
+    assert kept("some", [maps.numpy()], counting({})) == {"number": of_maps}
+    checkpoint.write_bytes(b"same weightz")
+    assert kept("some", [checkpoint], counting({})) == {}
+    other = tmp_path / "cameras.py"
+    shutil.copy(cameras.__file__, other)
+    monkeypatch.setattr(cameras, "__file__", str(other))
+    assert kept("some", [Camera], counting({}))  # the file's place does not matter, nor do comments
+    other.write_text("# said otherwise\n" + other.read_text())
+    assert kept("some", [Camera], counting({}))
+    other.write_text(other.read_text() + "\nx = 1\n")
+    assert kept("some", [Camera], counting({})) == {}
+    for odd in (object(), [{1}], np.array([None])):
+        with pytest.raises(TypeError, match="must be plain"):
+            kept("some", [odd], counting({}))
+
+
 # Heatmaps computed once
 
 
@@ -199,7 +315,7 @@ def cache(tmp_path_factory):
         yield folder
 
 
-def kept(folder) -> dict:
+def written(folder) -> dict:
     return {path: path.stat().st_mtime_ns for path in folder.glob("heatmaps-*")}
 
 
@@ -236,17 +352,18 @@ def test_the_heatmaps_are_what_the_network_sees_in_half_precision(cache, monkeyp
             assert torch.equal(rest[key][n], value) and rest[key].dtype == value.dtype, key
 
     assert len(list(Benchmark("test").folder.iterdir())) == 2  # no more are rendered than asked for
-    ((path, written),) = kept(cache).items()
+    ((path, at),) = written(cache).items()
     assert path.name.startswith("heatmaps-best-test-")
     stored = torch.load(path, weights_only=True)
     assert [key for key, value in stored.items() if value.dtype == torch.float16] == ["output"]
     assert "target" not in stored  # twice the room of all the rest, and soon made of the joints
     for name in ("predict", "load_checkpoint"):
-        monkeypatch.delattr(studied, name)  # once is enough
+        fails = functools.wraps(getattr(studied, name))(lambda *_, **__: pytest.fail("once is enough"))
+        monkeypatch.setattr(studied, name, fails)
     monkeypatch.setattr(Benchmark, "__getitem__", None)
     again = heatmaps_once("best", "test", slice(0, 2))
     assert torch.equal(again.output, output) and all(torch.equal(getattr(again, k), v) for k, v in rest.items())
-    assert kept(cache) == {path: written}
+    assert written(cache) == {path: at}
 
 
 def test_a_pair_of_heatmaps_is_the_pair_of_pictures_seen(cache):
@@ -267,7 +384,7 @@ def test_the_same_instants_are_predicted_once_however_they_are_named(asked, tmp_
     first = heatmaps_once("best", scenes=slice(0, 2))
     for scenes in (slice(2), slice(-14, 2), slice(0, 2, 1), slice(-20, -12)):
         assert torch.equal(heatmaps_once("best", "test", scenes).output, first.output)
-    assert asked == [Benchmark("test").instants[:2]] and len(kept(tmp_path)) == 1
+    assert asked == [Benchmark("test").instants[:2]] and len(written(tmp_path)) == 1
 
 
 def test_another_checkpoint_slice_split_or_renderer_has_another_file(asked, tmp_path, monkeypatch):
@@ -275,11 +392,11 @@ def test_another_checkpoint_slice_split_or_renderer_has_another_file(asked, tmp_
     expected = []
 
     def computes(instants, *arguments):
-        before = kept(tmp_path)
+        before = written(tmp_path)
         given = heatmaps_once(*arguments)
         expected.append(instants)
         assert asked == expected and len(given.output) == len(instants)
-        assert len(kept(tmp_path)) == len(expected) and before.items() <= kept(tmp_path).items()
+        assert len(written(tmp_path)) == len(expected) and before.items() <= written(tmp_path).items()
         return given.output
 
     best = computes(test[:2], "best", "test", slice(0, 2))
@@ -294,14 +411,27 @@ def test_another_checkpoint_slice_split_or_renderer_has_another_file(asked, tmp_
         patch.setitem(studied.CHECKPOINTS, "best", tmp_path / "trained on.safetensors")
         assert not torch.equal(computes(test[:2], "best", "test", slice(0, 2)), best)
     with monkeypatch.context() as patch:
-        (tmp_path / "people.py").write_text("different")
-        patch.setattr(people, "__file__", str(tmp_path / "people.py"))
+        patch.setattr(data_sets, "_version", lambda: "of another renderer")
         computes(test[:2], "best", "test", slice(0, 2))
     with monkeypatch.context() as patch:
         patch.setitem(SPLITS, "test", ((9,), 1, 1, 40_000))
         computes(Benchmark("test").instants[:2], "best", "test", slice(0, 2))
     assert torch.equal(heatmaps_once("best", "test", slice(0, 2)).output, best.half().float())
     assert len(asked) == len(expected)
+
+
+def test_other_cameras_have_a_file_of_their_own(asked, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(people, "scene", lambda **given: seen.append(given) or given)
+    monkeypatch.setattr(studied, "predict", lambda network, data, **_: (asked.append(data.scenes), made_up(1))[1])
+    cameras, others = ([look_at((x, 3, 1), (0, 0, 1)) for x in (at, 0, 1, 2)] for at in (3, 4))
+    for rig in (cameras, others, list(cameras)):
+        heatmaps_once("best", scenes=slice(0, 3, 2), rig=rig)
+    instants = [vars(instant) for instant in Benchmark("test").instants[0:3:2]]
+    assert asked == [[instant | {"rig": rig} for instant in instants] for rig in (cameras, others)]
+    assert len(written(tmp_path)) == 2
+    with pytest.raises(ValueError, match="rig"):
+        heatmaps_once("best", rig=cameras, dataset=str(tmp_path))
 
 
 def test_a_file_that_could_not_be_written_is_not_there(asked, tmp_path, monkeypatch):
@@ -375,7 +505,7 @@ def test_heatmaps_of_human36m_are_computed_once_by_any_checkpoint(asked, human36
         before = len(asked)
         given = heatmaps_once(*arguments, dataset=str(human36m), **settings)
         assert heatmaps_once(*arguments, dataset=str(human36m), **settings).output.equal(given.output)
-        assert len(asked) == before + 1 and len(kept(tmp_path)) == before + 1
+        assert len(asked) == before + 1 and len(written(tmp_path)) == before + 1
         return given.output, [i.image for i in asked[-1]]
 
     best, test = computes("best", "test")
@@ -384,7 +514,7 @@ def test_heatmaps_of_human36m_are_computed_once_by_any_checkpoint(asked, human36
     own = tmp_path / "pose_hrnet.safetensors"
     save_checkpoint(own, toy(11))
     assert not torch.equal(computes(str(own), "test")[0], best)
-    assert any(path.name.startswith("heatmaps-pose_hrnet-test-") for path in kept(tmp_path))
+    assert any(path.name.startswith("heatmaps-pose_hrnet-test-") for path in written(tmp_path))
     file = open_split("test", str(human36m)).file
     changed = file.stat().st_mtime_ns + 10**9
     os.utime(file, ns=(changed, changed))  # the annotations were written anew

@@ -11,7 +11,6 @@ turns such a sequence into training samples.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import itertools
 import multiprocessing
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 
 from epiutils.cameras import Camera, crop_affine
 from epiutils.data import human36m, people, raycast
-from epiutils.data.files import replacing
+from epiutils.data.files import code, replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.recordings import Recording, read_recording
 from epiutils.data.views import BONES, JOINTS, View, exact_detections, heatmap_fundamentals
@@ -194,11 +193,7 @@ def _version() -> str:
     """
     sha = hashlib.sha256(repr(tomllib.loads(Path(people.__file__).with_suffix(".toml").read_text("utf-8"))).encode())
     for module in (people, raycast):
-        tree = ast.parse(Path(module.__file__).read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                node.body[0] = ast.Pass()
-        sha.update(ast.unparse(tree).encode())
+        sha.update(code(module).encode())
     views = people.scene(9, "carry", 40, size=64)
     for lossless in (True, False):
         for name, array in _arrays(views, lossless).items():

@@ -7,18 +7,25 @@ the cache, and the nine weights train on them a hundred times faster than throug
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from epiutils.cameras import Camera
+from epiutils.data import people
 from epiutils.data.dataset import CACHE, Benchmark, MultiView
-from epiutils.data.files import replacing
+from epiutils.data.files import code, replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import Predicted
+from epiutils.epipolar import fundamental_from_cameras
 from epiutils.heatmaps import STRIDE, decode, hrnet_targets, probabilities
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.networks.hrnet import load_checkpoint
@@ -46,35 +53,99 @@ def choose(scenes: Sequence, wanted: int | slice = slice(None)) -> range:
     return range(0, len(scenes), max(1, len(scenes) // wanted))[:wanted]
 
 
+def kept(name: str, depends: Sequence, make: Callable[[], dict]) -> dict:
+    """What `make()` gives, a dict of tensors, numbers and texts, from the cache if the same was made before.
+
+    depends: all that decides it.  A function or a class stands for the code of its module, a path for its file's bytes;
+    tensors, arrays, dataclasses, sequences, mappings, texts and numbers for their values.  Raises TypeError for others.
+    The file is <name>-<hash of depends>.pt in `data.dataset.CACHE`, or the folder that EPIUTILS_CACHE names; a checksum
+    of its contents ends it, and where that does not fit, what it holds is made anew, and said.
+    """
+    key = _fingerprint([torch.__version__, *depends])
+    path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"{name}-{key.hex()[:12]}.pt"
+    if path.is_file():
+        contents = path.read_bytes()
+        contents, checksum = memoryview(contents)[:-_SHA], contents[-_SHA:]
+        if hashlib.sha256(key + hashlib.sha256(contents).digest()).digest() == checksum:
+            return torch.load(io.BytesIO(contents), weights_only=True)
+        print(f"{path.name} in the cache is damaged: it is made anew", file=sys.stderr)
+    made = make()
+    with replacing(path) as part:
+        torch.save(made, part)
+        with part.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").digest()
+        with part.open("ab") as file:  # what follows a zip archive does not disturb its readers
+            file.write(hashlib.sha256(key + contents).digest())
+    return made
+
+
+_SHA = hashlib.sha256().digest_size
+
+
+def _fingerprint(value) -> bytes:
+    """The SHA-256 of a value's kind and of what it holds: see `kept`."""
+    kind, parts = type(value).__name__, []
+    if isinstance(value, FunctionType | type):
+        parts, kind = [code(sys.modules[value.__module__]).encode()], "code"
+    elif isinstance(value, Path):
+        parts, kind = [value.read_bytes()], "Path"
+    elif isinstance(value, Tensor | np.ndarray):
+        array = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if array.dtype.hasobject:
+            raise TypeError(f"what a kept result depends on must be plain, got an array of objects {array.shape}")
+        parts, kind = [repr(array.shape).encode(), array.dtype.str.encode(), array.data], "array"
+    elif is_dataclass(value):
+        parts = [_fingerprint([field.name, getattr(value, field.name)]) for field in fields(value)]
+    elif isinstance(value, Mapping):
+        parts, kind = [_fingerprint(pair) for pair in value.items()], "mapping"
+    elif isinstance(value, list | tuple):
+        parts, kind = [_fingerprint(each) for each in value], "sequence"
+    elif isinstance(value, str | int | float | complex | bytes | range | slice | np.generic | None):
+        parts = [repr(value).encode()]
+    else:
+        raise TypeError(f"what a kept result depends on must be plain, got a {type(value).__name__}: {value!r}")
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in [kind.encode(), *parts])).digest()
+
+
 def heatmaps_once(
-    point: str, split: str = "test", scenes: int | slice = slice(None), progress: bool = True, dataset: str = ""
+    point: str,
+    split: str = "test",
+    scenes: int | slice = slice(None),
+    progress: bool = True,
+    dataset: str = "",
+    rig: Sequence[Camera] | None = None,
 ) -> Predicted:
-    """What the backbone of an operating point sees in a split: `networks.predict`, kept in the cache.
+    """What the backbone of an operating point sees in a split: `networks.predict`, `kept` in the cache.
 
     point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
-    scenes: see `choose`.  The maps are kept in half precision and given in single.
-    Another checkpoint, renderer, dataset or choice of instants has a file of its own.
+    scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.
+    The maps are kept in half precision and given in single.  Raises ValueError for a rig and a dataset.
     """
+    if dataset and rig:
+        raise ValueError(f"a rig renders the embedded people anew; those of the dataset {dataset} have their cameras")
     checkpoint, data = Path(CHECKPOINTS.get(point, point)), open_split(split, dataset)
     chosen = choose(data, scenes)
-    source = data.folder.name if isinstance(data, Benchmark) else f"{data.file.name} {data.file.stat().st_mtime_ns}"
-    content = repr((source, split, [data.instants[i] for i in chosen]))
-    sha = hashlib.sha256(checkpoint.read_bytes() + content.encode())
-    path = (
-        Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"heatmaps-{checkpoint.stem}-{split}-{sha.hexdigest()[:12]}.pt"
-    )
-    if not path.exists():
-        if isinstance(data, Benchmark):
+    depends = [checkpoint, split, [data.instants[i] for i in chosen], rig]
+    depends += [predict, load_checkpoint, MultiView, Predicted, Camera, fundamental_from_cameras, hrnet_targets]
+    if dataset:
+        depends += [Human36M, data.file.name, data.file.stat().st_mtime_ns]
+    else:
+        depends += [data.folder.name]  # the renderer's version
+
+    def make() -> dict:
+        instants = torch.utils.data.Subset(data, chosen)
+        if rig:
+            instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
+        elif not dataset:
             data.prepare(progress=progress, only=chosen)
-        views = MultiView(torch.utils.data.Subset(data, chosen))
-        predicted = predict(load_checkpoint(checkpoint), views, workers=1, progress=progress)
-        kept = vars(predicted) | {"output": predicted.output.half()}
-        del kept["target"]  # soon made of the joints
-        with replacing(path) as part:
-            torch.save(kept, part)
-    kept = torch.load(path, weights_only=True)
-    target, _ = hrnet_targets(kept["joints"], kept["output"].shape[-2:])
-    return Predicted(**kept | {"output": kept["output"].float(), "target": target})
+        predicted = predict(load_checkpoint(checkpoint), MultiView(instants), workers=1, progress=progress)
+        values = vars(predicted) | {"output": predicted.output.half()}
+        del values["target"]  # soon made of the joints
+        return values
+
+    values = kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make)
+    target, _ = hrnet_targets(values["joints"], values["output"].shape[-2:])
+    return Predicted(**values | {"output": values["output"].float(), "target": target})
 
 
 @torch.no_grad()
