@@ -1,10 +1,13 @@
 """Seeded cameras and points that the tests share; every picture has H ≠ W."""
 
+import itertools
+
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import Camera
+from epiutils.epipolar import fundamental_from_cameras, transfer
 
 LENS = (-0.12, 0.06, 1.5e-3, -1e-3, 0.02)
 
@@ -34,6 +37,20 @@ def camera_pair(seed, distortion=(0, 0, 0, 0, 0)):
 def world_points(seed, n=40):
     """Points of the scene, (n, 3) metres."""
     return np.random.default_rng(seed + 1000).uniform((-1, -1, 0), (1, 1, 2), (n, 3))
+
+
+def rig(seed, views=4, shape=(8, 11), batch=1):
+    """F between the heatmaps of all views of seeded cameras around the scene: (B, V, V, 3, 3), zeros on the diagonal."""
+    rng = np.random.default_rng(seed)
+    F = torch.zeros(batch, views, views, 3, 3, dtype=torch.float64)
+    A = np.diag([shape[1] / 320, shape[0] / 240, 1])
+    for b in range(batch):
+        angles = rng.uniform(0, 2 * np.pi) + np.linspace(0, 5, views) + rng.uniform(-0.2, 0.2, views)
+        centres = np.stack([4 * np.cos(angles), 4 * np.sin(angles), rng.uniform(0.3, 2.5, views)], -1)
+        cameras = [look_at(C, (0, 0, 1), roll=rng.uniform(-0.4, 0.4)) for C in centres]
+        for s, r in itertools.permutations(range(views), 2):
+            F[b, s, r] = torch.from_numpy(transfer(fundamental_from_cameras(cameras[s], cameras[r]), A, A))
+    return F
 
 
 def random_maps(*shape, seed=0, dtype=torch.float64):

@@ -108,3 +108,12 @@ def test_the_idea_is_short_and_names_are_few():
     assert sum(lines.values()) <= 2000, lines
     names = {module: public(module) for module in FILES if module.startswith("epiutils")}
     assert sum(map(len, names.values())) <= 210, names  # to be 140
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_no_test_file_imports_another(path):
+    """What tests share is in files that hold no tests, so that each can run, and be read, alone."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in names if name.startswith("test_")]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from rigs import look_at, random_maps
+from rigs import look_at, random_maps, rig
 
 from epiutils.epipolar import fundamental_from_cameras, transfer
 from epiutils.fusion import RepairedFusion, of_sources, pairs, sum_at_references, view_pairs
@@ -17,20 +17,6 @@ SWITCHES = [
     dict(zip(("normalise", "multiply", "confidence"), on, strict=True))
     for on in itertools.product((True, False), repeat=3)
 ]
-
-
-def rig(seed, views=VIEWS, shape=SHAPE, batch=1):
-    """F between the heatmaps of all views of seeded cameras around the scene: (B, V, V, 3, 3), zeros on the diagonal."""
-    rng = np.random.default_rng(seed)
-    F = torch.zeros(batch, views, views, 3, 3, dtype=torch.float64)
-    A = np.diag([shape[1] / 320, shape[0] / 240, 1])
-    for b in range(batch):
-        angles = rng.uniform(0, 2 * np.pi) + np.linspace(0, 5, views) + rng.uniform(-0.2, 0.2, views)
-        centres = np.stack([4 * np.cos(angles), 4 * np.sin(angles), rng.uniform(0.3, 2.5, views)], -1)
-        cameras = [look_at(C, (0, 0, 1), roll=rng.uniform(-0.4, 0.4)) for C in centres]
-        for s, r in itertools.permutations(range(views), 2):
-            F[b, s, r] = torch.from_numpy(transfer(fundamental_from_cameras(cameras[s], cameras[r]), A, A))
-    return F
 
 
 def trained(seed=0, threshold=1.2, **switches) -> RepairedFusion:

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from rigs import random_maps
+from rigs import random_maps, rig
 from scipy.ndimage import map_coordinates
-from test_repaired import rig
 
 from epiutils.heatmaps import hit_loss, render
 from epiutils.studies.rivals import Alone, Attention, Dense, Line, WeightedMax, _along
