@@ -70,8 +70,7 @@ def lab(tmp_path_factory):
     (home / "root" / "notebooks").mkdir(parents=True)
     for notebook in NOTEBOOKS:
         lighten(notebook, home / "root" / "notebooks")
-    for name in ("benchmarks", "data"):  # what notebooks look for beside their folder
-        (home / "root" / name).symlink_to(ROOT / name)
+    (home / "root" / "benchmarks").symlink_to(ROOT / "benchmarks")  # which notebook 03 looks for beside its folder
     for name, text in SETTINGS.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
