@@ -26,6 +26,14 @@ TINY = (7, 9)
 MIDDLE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """What these tests keep is not for others."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("EPIUTILS_CACHE", str(folder))
+    return folder
+
+
 def made(*arguments, **settings) -> Predicted:
     """Half of the maps have a higher peak elsewhere."""
     return made_up(*arguments, twice=0.5, **settings)
@@ -221,6 +229,31 @@ def test_the_nine_shifts_are_the_modules_windows_and_its_initial_weights_pytorch
     for seed, weights in zip((0, 7), causes.initial_weights((0, 7)), strict=True):
         torch.manual_seed(seed)
         assert torch.equal(OriginalFusion().weight.detach().flatten(), weights)
+
+
+def test_scores_and_equations_are_read_again_and_made_anew_for_whatever_differs(cache, monkeypatch):
+    first, chosen, kernels = made(9), causes.all_pairs(range(2)), torch.stack([WEIGHTS / 30, MIDDLE / 20])
+    different = [
+        {}, {"maps": "target"}, {"F": first.F[1]}, {"chosen": chosen[:1]}, {"predicted": made(10)},
+        {"predicted": replace(first, weight=1 - first.weight)}, {"predicted": replace(first, target=first.target / 2)},
+    ]  # fmt: skip
+    settings = [{"threshold": 2.0}, {"per_band": 1.0}]
+
+    def results(change, setting, more=()):
+        pairs = Pairs(**{"predicted": first, "chosen": chosen} | change)
+        return pairs.score(kernels, **setting, **dict(more)), *vars(NormalEquations.of(pairs, **setting)).values()
+
+    cases = [(change, {}) for change in different] + [({}, each) for each in settings] + [({}, {}, {"sigmoid": True})]
+    given = [results(*case) for case in cases]
+    assert len(list(cache.glob("found-*"))) == len(cases) and len(list(cache.glob("equations-*"))) == len(cases) - 1
+    for name in ("_score", "_ridge"):
+        monkeypatch.setattr(Pairs if name == "_score" else causes, name, None)
+    for case, before in zip(cases, given, strict=True):
+        for old, new in zip(before, results(*case), strict=True):
+            np.testing.assert_array_equal(old, new)
+    assert len({b"".join(np.asarray(value).tobytes() for value in each) for each in given}) == len(cases) - 1
+    with pytest.raises(TypeError):
+        Pairs(first, chosen).score(kernels + 1e-6)
 
 
 # Lines, bands, epipoles

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from epiutils.cameras import Camera
 from epiutils.data.views import Predicted
 from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
+from epiutils.heatmaps import hrnet_distances
 from epiutils.metrics import found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
 from epiutils.studies.fitting import PAIRS
+from epiutils.studies.predicted import fingerprint, kept
 
 # Which pairs of views
 
@@ -49,6 +51,7 @@ class Pairs:
 
     chosen: (N, K, 3), K pairs (scene, source, reference) of each of N scenes.  F: (4, 4, 3, 3) for all scenes, in the
     place of each scene's own.  maps: "output", the network's heatmaps, or "target", perfect ones.
+    The scores of kernels are `kept` in the cache.
     """
 
     def __init__(self, predicted: Predicted, chosen: np.ndarray, F: Tensor | None = None, maps: str = "output"):
@@ -71,6 +74,12 @@ class Pairs:
         """An entry of `predicted` at the reference view of each pair: (N · K, …)."""
         n, _, r = self._index
         return getattr(self.predicted, key)[n, r]
+
+    @cached_property
+    def known(self) -> bytes:
+        """What stands for these pairs where results of theirs are `kept`."""
+        seen = self.predicted[np.unique(self.chosen[..., 0])]
+        return fingerprint([self.chosen, self.F, self.maps, getattr(seen, self.maps), seen.target, seen.weight])
 
     @cached_property
     def source(self) -> Tensor:
@@ -126,9 +135,13 @@ class Pairs:
 
     @torch.no_grad()
     def score(
-        self, weights: Tensor | float, threshold: float = 1.0, per_band: float | None = None, sigmoid: bool = False,
+        self,
+        weights: Tensor | float,
+        threshold: float = 1.0,
+        per_band: float | None = None,
+        sigmoid: bool = False,
         collect: str = "sum",
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """Which joints the original module finds with each of S kernels: (S, N, K, J), see `metrics.found`.
 
         weights: (S, 3, 3), or (S, 9); or (S, J, 3, 3), a kernel for each joint.  per_band: see `NormalEquations.of`.
@@ -139,9 +152,15 @@ class Pairs:
             chunks = [slice(first, first + 16) for first in range(0, len(self), 16)]  # stay in the processor's cache
             right = [found(self.fused(weights, threshold, collect, sigmoid, c), self.target[c]) for c in chunks]
             return np.concatenate(right).reshape(*self.chosen.shape[:2], -1)
+        weights = torch.as_tensor(weights, dtype=self.predicted.output.dtype)
+        depends = [Pairs, Pencil, found, hrnet_distances, self.known, weights, threshold, per_band, sigmoid]
+        make = lambda: {"found": torch.from_numpy(self._score(weights, threshold, per_band, sigmoid)).half()}
+        return kept("found", depends, make)["found"].double().numpy()  # of 1, 0 and nan
+
+    def _score(self, weights: Tensor, threshold: float, per_band: float | None, sigmoid: bool) -> np.ndarray:
         output, target = getattr(self.predicted, self.maps), self.predicted.target
         joints = output.shape[2]
-        kernels = torch.as_tensor(weights, dtype=output.dtype).reshape(len(weights), -1, 3, 3)  # (S, 1 or J, 3, 3)
+        kernels = weights.reshape(len(weights), -1, 3, 3)  # (S, 1 or J, 3, 3)
         kernels = kernels.expand(-1, joints, 3, 3).transpose(0, 1).reshape(-1, 1, 3, 3)  # (J · S, 1, 3, 3)
         right = np.empty((len(weights), len(self), joints))
         for k, ((n, s, r), pencil) in enumerate(zip(self._index.T, self.pencils(threshold), strict=True)):
@@ -174,22 +193,31 @@ class NormalEquations:
     constant: Tensor
 
     @classmethod
-    @torch.no_grad()
     def of(cls, pairs: Pairs, threshold: float = 1.0, per_band: float | None = None) -> NormalEquations:
-        """Those of pairs of views.
+        """Those of pairs of views, `kept` in the cache.
 
         per_band: what a band counts for, however many pixels it holds, by default as many as it holds: with 1 the
         ridge is a mean along the line, with the usual number of pixels its height stays and only its unevenness goes.
         """
+        depends = [NormalEquations, Pencil, pairs.known, threshold, per_band]
+        return cls(**kept("equations", depends, lambda: cls._of(pairs, threshold, per_band)))
+
+    @staticmethod
+    @torch.no_grad()
+    def _of(pairs: Pairs, threshold: float, per_band: float | None) -> dict[str, Tensor]:
         maps, target, weight = (getattr(pairs.predicted, key) for key in (pairs.maps, "target", "weight"))
         products = torch.empty(len(pairs), maps.shape[2], 10, 10, dtype=torch.float64)
-        for k, ((n, s, r), F) in enumerate(zip(pairs._index.T, pairs.F, strict=True)):
+        shown, shifts = None, None
+        for k, ((n, s, r), F) in enumerate(zip(pairs._index.T.tolist(), pairs.F, strict=True)):
+            if shown != (n, s):
+                shown, shifts = (n, s), nine_shifts(maps[n, s])
             pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
-            A = _ridge(pencil, nine_shifts(maps[n, s]), per_band).flatten(-2)  # (J, 9, H·W)
+            A = _ridge(pencil, shifts, per_band).flatten(-2)  # (J, 9, H·W)
             e = (target[n, r] - maps[n, r]).flatten(-2)[:, None]  # (J, 1, H·W)
             rows = weight[n, r, :, None, None] * torch.cat([A, e], 1)  # (J, 10, H·W)
             products[k] = (rows @ rows.mT) / rows.shape[-1]
-        return cls(products[..., :9, :9], products[..., 9, :9], products[..., 9, 9])
+        gram, moment, constant = products[..., :9, :9], products[..., 9, :9], products[..., 9, 9]
+        return {"gram": gram.contiguous(), "moment": moment.contiguous(), "constant": constant.contiguous()}
 
     def scaled(self, factor: float) -> NormalEquations:
         """Those of ridges that are `factor` times as high."""

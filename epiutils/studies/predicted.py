@@ -61,7 +61,7 @@ def kept(name: str, depends: Sequence, make: Callable[[], dict]) -> dict:
     The file is <name>-<hash of depends>.pt in `data.dataset.CACHE`, or the folder that EPIUTILS_CACHE names; a checksum
     of its contents ends it, and where that does not fit, what it holds is made anew, and said.
     """
-    key = _fingerprint([torch.__version__, *depends])
+    key = fingerprint([torch.__version__, *depends])
     path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"{name}-{key.hex()[:12]}.pt"
     if path.is_file():
         contents = path.read_bytes()
@@ -82,8 +82,8 @@ def kept(name: str, depends: Sequence, make: Callable[[], dict]) -> dict:
 _SHA = hashlib.sha256().digest_size
 
 
-def _fingerprint(value) -> bytes:
-    """The SHA-256 of a value's kind and of what it holds: see `kept`."""
+def fingerprint(value) -> bytes:
+    """The SHA-256 of a value's kind and of what it holds, for `kept`; it stands for the value there."""
     kind, parts = type(value).__name__, []
     if isinstance(value, FunctionType | type):
         parts, kind = [code(sys.modules[value.__module__]).encode()], "code"
@@ -95,11 +95,11 @@ def _fingerprint(value) -> bytes:
             raise TypeError(f"what a kept result depends on must be plain, got an array of objects {array.shape}")
         parts, kind = [repr(array.shape).encode(), array.dtype.str.encode(), array.data], "array"
     elif is_dataclass(value):
-        parts = [_fingerprint([field.name, getattr(value, field.name)]) for field in fields(value)]
+        parts = [fingerprint([field.name, getattr(value, field.name)]) for field in fields(value)]
     elif isinstance(value, Mapping):
-        parts, kind = [_fingerprint(pair) for pair in value.items()], "mapping"
+        parts, kind = [fingerprint(pair) for pair in value.items()], "mapping"
     elif isinstance(value, list | tuple):
-        parts, kind = [_fingerprint(each) for each in value], "sequence"
+        parts, kind = [fingerprint(each) for each in value], "sequence"
     elif isinstance(value, str | int | float | complex | bytes | range | slice | np.generic | None):
         parts = [repr(value).encode()]
     else:
