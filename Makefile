@@ -17,7 +17,7 @@ BIN := .venv/bin
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 
 .DEFAULT_GOAL := help
-.PHONY: help env report test lab notebooks clean
+.PHONY: help env report publish test lab notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,9 +34,14 @@ env: .venv/installed  ## build .venv with the pinned packages (the others do so 
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
+REPORT = $(BIN)/python -m epiutils.report --profile $(PROFILE) \
+  $(if $(RECORDING),--recording "$(RECORDING)") $(if $(DATASET),--dataset "$(DATASET)")
+
 report: env  ## run the notebooks, write reports/index.html [PROFILE=quick|full RECORDING=folder DATASET=name]
-	$(BIN)/python -m epiutils.report --profile $(PROFILE) \
-	  $(if $(RECORDING),--recording "$(RECORDING)") $(if $(DATASET),--dataset "$(DATASET)")
+	$(REPORT)
+
+publish: env  ## the same, and make anew what is committed: reports/README.md, metrics.json, figures
+	$(REPORT) --publish
 
 test: env  ## run all tests: pytest, nbval on every notebook, JupyterLab in a browser
 	@status=0; \
@@ -52,5 +57,5 @@ notebooks: env  ## run the notebooks anew and store their outputs in place
 	$(BIN)/python -m epiutils.report --refresh
 
 clean:  ## remove the environment, the report's pages and caches (not what is committed)
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache *.egg-info reports/*.html reports/notebooks reports/records
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache *.egg-info reports/latest reports/index.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

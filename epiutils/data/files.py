@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +18,16 @@ from types import ModuleType
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends without an exception.
 
-    A reader sees the old file or the new one, never a half.  The folder is made where it is missing.
+    A reader sees the old file or the new one, never a half.  The folder is made where it is missing; temporary files
+    that killed processes of this machine left in it are removed.
     """
-    path = Path(path)
+    path, host = Path(path), platform.node()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    for left in path.parent.glob(f".*.{host}-*"):
+        owner = re.fullmatch(rf"\..+\.{re.escape(host)}-(\d+)-\w+", left.name)
+        if owner and not _alive(int(owner[1])):
+            left.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{host}-{os.getpid()}-")
     os.close(handle)
     try:
         yield Path(name)
@@ -28,6 +35,16 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def code(module: ModuleType) -> str:

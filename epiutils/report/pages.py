@@ -1,4 +1,4 @@
-"""Pages of the report: executed notebooks and the story as HTML without kernel, network or MathJax.
+"""A page of the report: an executed notebook as HTML without kernel, network or MathJax.
 
 Widgets become their last picture and settings, explorers made with `ahead=` a live slider over pictures,
 formulas MathML.  The look is in template/.
@@ -12,10 +12,8 @@ import io
 import json
 import re
 import sys
-import tomllib
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
@@ -26,18 +24,17 @@ from pygments.formatters import HtmlFormatter
 
 TEMPLATES = Path(__file__).resolve().parent / "template"
 VIEW = "application/vnd.jupyter.widget-view+json"
-LARGE = 60_000  # characters of base64
-STATE = "application/vnd.jupyter.widget-state+json"
-FIELD = re.compile(r"\{([^{}:]+):([^{}]*)\}")
+_LARGE = 60_000  # characters of base64
+_STATE = "application/vnd.jupyter.widget-state+json"
 
 
 # Formulas
 
-MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<![\s\\])\$", re.DOTALL)
-TOKEN = re.compile(r"@@MATH(\d+)@@([.,;:!?)]*)")
+_MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<![\s\\])\$", re.DOTALL)
+_TOKEN = re.compile(r"@@MATH(\d+)@@([.,;:!?)]*)")
 
 
-class Formulas:
+class _Formulas:
     """Formulas kept aside while Markdown is rendered: `hide` puts tokens, `show` MathML in their place."""
 
     def __init__(self):
@@ -52,7 +49,7 @@ class Formulas:
             self.found.append(mathml(match[2] or match[3], block=bool(match[2])))
             return f"@@MATH{len(self.found) - 1}@@"
 
-        return MATH.sub(keep, markdown)
+        return _MATH.sub(keep, markdown)
 
     def show(self, text: str) -> str:
         """HTML with the formulas in place of their tokens, and no line break before a full stop."""
@@ -61,18 +58,18 @@ class Formulas:
             formula, stop = self.found[int(match[1])], match[2]
             return f'<span class="unbroken">{formula}{stop}</span>' if stop else formula
 
-        return TOKEN.sub(put, text)
+        return _TOKEN.sub(put, text)
 
 
 # What latex2mathml or browsers lack, said in words that they know.
-TEX = {"{aligned}": "{align*}", r"\operatorname*": r"\operatorname", r"\boldsymbol": r"\mathbf"}
-RELATIONS = re.compile("<mi>([∼⇒⇔⟹⟺⟨⟩⌊⌋⌈⌉])</mi>")  # identifiers to latex2mathml: without spaces around them
+_TEX = {"{aligned}": "{align*}", r"\operatorname*": r"\operatorname", r"\boldsymbol": r"\mathbf"}
+_RELATIONS = re.compile("<mi>([∼⇒⇔⟹⟺⟨⟩⌊⌋⌈⌉])</mi>")  # identifiers to latex2mathml: without spaces around them
 
 
 def mathml(tex: str, block: bool = False) -> str:
     """A formula as MathML; what cannot be converted stays as it was written, and is named on stderr."""
     words = re.sub(r"\\mathrm\s*\{(\w+)\}", r"\\text{\1}", tex.strip())  # browsers ignore mathvariant
-    for theirs, ours in TEX.items():
+    for theirs, ours in _TEX.items():
         words = words.replace(theirs, ours)
     try:
         found = convert(words, display="block" if block else "inline")
@@ -83,20 +80,22 @@ def mathml(tex: str, block: bool = False) -> str:
         print(f"report: cannot convert the formula {tex!r}", file=sys.stderr)
         return f"<code>{html.escape(tex)}</code>"
     found = re.sub("&#x([0-9A-F]{5});", lambda m: chr(int(m[1], 16)) if m[1] not in ("00026", "0003C") else m[0], found)
-    found = RELATIONS.sub(r"<mo>\1</mo>", found.replace("<mi>~</mi>", "<mi>∼</mi>")).replace("<mo>⊤</mo>", "<mi>⊤</mi>")
+    found = _RELATIONS.sub(r"<mo>\1</mo>", found.replace("<mi>~</mi>", "<mi>∼</mi>")).replace(
+        "<mo>⊤</mo>", "<mi>⊤</mi>"
+    )
     return f'<span class="formula">{found}</span>' if block else found
 
 
 # Widgets
 
 
-def still(nb: NotebookNode, formulas: Formulas) -> NotebookNode:
+def _without_kernel(nb: NotebookNode, formulas: _Formulas) -> NotebookNode:
     """The notebook with nothing in it that needs a kernel, a script from elsewhere or MathJax (in place).
 
     Who cannot see a figure is told the heading that it stands under.
     """
     nb, _ = CoalesceStreamsPreprocessor().preprocess(nb, {})
-    state = nb.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
+    state = nb.metadata.pop("widgets", {}).get(_STATE, {}).get("state", {})
     nb.cells = [cell for cell in nb.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
     section = "figure"
     for cell in nb.cells:
@@ -123,7 +122,7 @@ def still(nb: NotebookNode, formulas: Formulas) -> NotebookNode:
 
 def _picture(data: str, kind: str = "png") -> str:
     """An image for a page, from base64: a large PNG (a photograph, a rendering) as WebP, a fifth of its size."""
-    if kind == "png" and len(data) > LARGE:
+    if kind == "png" and len(data) > _LARGE:
         buffer = io.BytesIO()
         Image.open(io.BytesIO(base64.b64decode(data))).save(buffer, "webp", quality=88)
         kind, data = "webp", base64.b64encode(buffer.getvalue()).decode()
@@ -211,7 +210,7 @@ def notebook_page(nb: NotebookNode, title: str, nav: list[dict], note: str = "")
 
     nav: an entry {title, href, here} a notebook, href None where there is no page.  note: shown on top.
     """
-    formulas = Formulas()
+    formulas = _Formulas()
     exporter = HTMLExporter(
         template_name=TEMPLATES.name,
         extra_template_basedirs=[str(TEMPLATES.parent)],
@@ -222,55 +221,9 @@ def notebook_page(nb: NotebookNode, title: str, nav: list[dict], note: str = "")
     before = nav[here - 1] if here and nav[here - 1]["href"] else {"title": "Report", "href": "index.html"}
     after = nav[here + 1] if nav[here + 1 :] and nav[here + 1]["href"] else None
     resources = {"title": title, "nav": nav, "note": note, "css": css(), "before": before, "after": after}
-    page, _ = exporter.from_notebook_node(still(nb, formulas), resources=resources)
+    page, _ = exporter.from_notebook_node(_without_kernel(nb, formulas), resources=resources)
     page = re.sub(r'(href="(?!https?:)[^"]*?)\.ipynb(["#])', r"\1.html\2", page)  # links between notebooks
     return formulas.show(page)
-
-
-def story(numbers: dict, figures: list[dict], nav: list[dict]) -> dict:
-    """What story.toml says, with its numbers put in and without what is missing, for the two templates.
-
-    numbers: those of metrics.json, by dotted names.  figures: an entry {name, source, ...} a recorded figure.
-    Returns title and question; tiles, each with the `entry` of nav that it leads to; told, the story's figures in
-    its order, and others; nav, each entry with its notebook's small `picture`, or None.
-    """
-    plan = tomllib.loads((TEMPLATES / "story.toml").read_text("utf-8"))
-    recorded, tiles, entries = {figure["name"]: figure for figure in figures}, [], []
-    for tile in plan["tiles"]:
-        filled = {key: fill(text, numbers) for key, text in tile.items()}
-        if None not in filled.values():
-            to = next((entry for entry in nav if entry["source"].startswith(tile["notebook"])), {})
-            tiles.append(filled | {"entry": to})
-    for entry in nav:
-        own = [figure for figure in figures if figure["source"] == entry["source"]]
-        picture = min(own, key=lambda figure: figure["name"] not in plan["pictures"], default=None)
-        entries.append(entry | {"picture": picture})
-    return {
-        "title": plan["title"],
-        "question": plan["question"].strip(),
-        "tiles": tiles,
-        "told": [recorded[name] | {"title": title} for name, title in plan["figures"].items() if name in recorded],
-        "others": [figure for figure in figures if figure["name"] not in plan["figures"]],
-        "nav": entries,
-    }
-
-
-def fill(text: str, numbers: dict) -> str | None:
-    """A text with each {name:format} replaced by that number, 46 % for .0%; None where a number is missing."""
-    try:
-        return FIELD.sub(lambda field: format(numbers[field[1]], field[2]).replace("%", " %"), text)
-    except KeyError:
-        return None
-
-
-def story_page(**story) -> str:
-    """The report's first page."""
-    return _environment(autoescape=True).get_template("story.html.j2").render(css=css(), **story)
-
-
-def story_readme(**story) -> str:
-    """The same story for a reader of the repository."""
-    return _environment().get_template("README.md.j2").render(**story)
 
 
 def css() -> str:
@@ -279,25 +232,7 @@ def css() -> str:
     return f"{(TEMPLATES / 'page.css').read_text('utf-8')}\n{light}\n@media screen and (prefers-color-scheme:dark){{\n{dark}}}"
 
 
-def _environment(**options) -> Environment:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, **options)
-    environment.filters |= {"markdown": markdown, "inline": inline, "number": number}
-    return environment
-
-
 def markdown(text: str) -> str:
     """Markdown as HTML, formulas included."""
-    formulas = Formulas()
+    formulas = _Formulas()
     return formulas.show(markdown2html(formulas.hide(text)))
-
-
-def inline(text: str) -> str:
-    """One line of Markdown as HTML without a paragraph around it, and no line break before a per cent sign."""
-    return markdown(text).strip().removeprefix("<p>").removesuffix("</p>").replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def number(value) -> str:
-    """A number as the reader wants it: 12,346 or 0.4312."""
-    if isinstance(value, bool | str):
-        return {True: "yes", False: "no"}.get(value, value)
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"

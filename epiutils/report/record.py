@@ -12,9 +12,9 @@ from pathlib import Path
 
 from epiutils.data.files import replacing
 
-LARGE = 150_000  # bytes of a figure
+_LARGE = 150_000  # bytes of a figure
 
-NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
+_NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
 
 
 def record(name: str, value, text: str = "") -> None:
@@ -26,7 +26,7 @@ def record(name: str, value, text: str = "") -> None:
     Returns nothing, so that it may end a cell; outside a report it only checks.  Raises ValueError for a name
     or value that cannot be recorded, or a name that is a group of others.
     """
-    if not NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f'record: a name is words joined by dots, like "redirect.speedup", got {name!r}')
     plain = [_plain(name, v) for v in value] if isinstance(value, tuple | list) else _plain(name, value)
     _hand_over("numbers", name, {"value": plain, "text": text})
@@ -71,7 +71,7 @@ def record_figure(name: str, figure, caption: str = ""):
     Returns the figure, so that it is shown where this ends a cell; outside a report it only checks.
     Raises ValueError for a name with other characters.
     """
-    if not NAME.fullmatch(name) or "." in name:
+    if not _NAME.fullmatch(name) or "." in name:
         raise ValueError(f'record_figure: a name is letters, digits, _ and -, like "03_fused", got {name!r}')
     folder = _hand_over("figures", name, caption)
     if not folder:
@@ -83,7 +83,7 @@ def record_figure(name: str, figure, caption: str = ""):
         path, buffer = folder / "figures" / f"{name}.{kind}", io.BytesIO()
         with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
             figure.savefig(buffer, format=kind, dpi=120, bbox_inches="tight", metadata=metadata)
-        large = buffer.tell() > LARGE
+        large = buffer.tell() > _LARGE
         if large and kind == "svg":
             path.unlink(missing_ok=True)
             continue

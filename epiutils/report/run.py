@@ -1,7 +1,7 @@
 """The report: every notebook in order through papermill, then pages that need neither kernel nor network.
 
-`python -m epiutils.report --help` says what can be asked; `record` and `record_figure` are how a notebook
-hands a number or a figure to it.  Pages: report/template/ and the functions of `epiutils.report.pages`.
+`python -m epiutils.report --help` says what can be asked.  Notebooks hand over numbers and figures by
+`epiutils.report.record`; `epiutils.report.story` makes of them what is left.
 """
 
 from __future__ import annotations
@@ -14,38 +14,42 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from epiutils.report.record import write
+import nbformat
+import papermill
+from nbclient import NotebookClient
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-ROOT = Path(__file__).resolve().parents[2]
-# One number of threads everywhere, because it decides the last digits of a sum (the Makefile says the same),
-# and no backend from outside, which would take the figures out of the notebooks.
+from epiutils.report.pages import VIEW
+from epiutils.report.record import write
+from epiutils.report.story import build, executed
+
+_ROOT = Path(__file__).resolve().parents[2]
+LATEST = _ROOT / "reports" / "latest"
+# One number of threads everywhere, because it decides the last digits of a sum (the Makefile says the same).
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
-QUIET = ["--log-level=CRITICAL"]  # the kernel's own log, which has nothing for the reader
-# What notebooks hand over
+_QUIET = ["--log-level=CRITICAL"]  # the kernel's own log, which has nothing for the reader
+_TO_LATEST = '<!DOCTYPE html>\n<meta http-equiv="refresh" content="0; url=latest/index.html">\n<a href="latest/index.html">The report</a>\n'
 
 
 # Parameters
 
 
-def parameters_of(notebook: Path) -> dict[str, object]:
-    """The names and defaults of a notebook's parameters, from its cell tagged `parameters`."""
-    import papermill
-
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
-
-
-def choose_parameters(notebooks: list[Path], given: dict[str, str], usual: dict[str, str]) -> dict[Path, dict]:
+def _choose_parameters(notebooks: list[Path], given: dict[str, str], usual: dict[str, str]) -> dict[Path, dict]:
     """What each notebook gets of the parameters given as text, in the type of its default.
 
     usual: parameters for whoever has them.  Raises ValueError for a given name that no notebook has, and
     for a value of another type.  A `dataset` is for all: notebooks without that parameter look at it as a `recording`.
     """
-    known = {notebook: parameters_of(notebook) for notebook in notebooks}
+    known = {}
+    for notebook in notebooks:
+        found = papermill.inspect_notebook(str(notebook))
+        known[notebook] = {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
     names = sorted({"dataset"}.union(*known.values()))
     unknown = sorted(set(given) - set(names))
     if unknown:
@@ -64,8 +68,7 @@ def _typed(name: str, text: str, default):
     if isinstance(default, str):
         return text
     try:
-        value = {"true": True, "false": False}.get(text.lower(), None)
-        value = ast.literal_eval(text) if value is None else value
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (ValueError, SyntaxError):
         value = text
     if isinstance(default, float) and type(value) is int:
@@ -75,80 +78,80 @@ def _typed(name: str, text: str, default):
     return value
 
 
+def _folder(option: str, text: str, *others: Path) -> str:
+    """The folder that the caller means, as an absolute path, because notebooks run in their own."""
+    places = [Path(text).expanduser(), *others]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise ValueError(f"--{option} {text}: no folder {' or '.join(map(str, places))}")
+    return str(found.resolve())
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: {error.strerror}") from None
+
+
 # Running
 
 
-def stamp(notebook: Path, parameters: dict) -> str:
-    """What decides a notebook's outcome, as one hash: its cells, its parameters and the package's sources."""
-    import nbformat
-
+def _stamp(notebook: Path, parameters: dict) -> str:
+    """What decides a notebook's outcome, as one hash: its cells, its parameters, the package, what is stored in data."""
     cells = [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in nbformat.read(notebook, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
-    for path in sorted((ROOT / "epiutils").rglob("*.py")):
+    code = [path for path in (_ROOT / "epiutils").rglob("*") if path.suffix in (".py", ".toml")]
+    for path in sorted([*code, *_ROOT.glob("data/results/*"), *_ROOT.glob("data/checkpoints/*")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def execute(notebook: Path, parameters: dict, out: Path, timeout: int) -> Exception | None:
+def _execute(notebook: Path, parameters: dict, out: Path, timeout: int) -> Exception | None:
     """Run one notebook through papermill into out/notebooks; returns what stopped it, after saying so."""
-    import nbformat
-    import papermill
-
-    copy, part = out / "notebooks" / notebook.name, out / "notebooks" / f"{notebook.stem}.part.ipynb"
+    copy = out / "notebooks" / notebook.name
     copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)  # its stamp is the mark of completion, which goes before what it stands for
     (out / "records" / f"{notebook.stem}.json").unlink(missing_ok=True)
-    os.environ |= {
-        "EPIUTILS_REPORT": "1",
-        "EPIUTILS_REPORT_DIR": str(out),
-        "EPIUTILS_REPORT_SOURCE": notebook.stem,
-    }
-    begin, mark, failure = time.time(), stamp(notebook, parameters), None
+    handed = {"EPIUTILS_REPORT": "1", "EPIUTILS_REPORT_DIR": str(out), "EPIUTILS_REPORT_SOURCE": notebook.stem}
+    os.environ |= handed
+    begin, mark = time.time(), _stamp(notebook, parameters)
     try:
-        papermill.execute_notebook(
+        nb = papermill.execute_notebook(
             str(notebook),
-            str(part),
+            str(copy),
             parameters=parameters,
             kernel_name="python3",
             cwd=str(notebook.parent),
             execution_timeout=timeout,
             progress_bar={"desc": notebook.stem, "disable": None},  # None: no bar without a terminal
-            extra_arguments=QUIET,
+            extra_arguments=_QUIET,
         )
-    except Exception as error:  # noqa: BLE001  a cell's error, a timeout, a dead kernel
-        failure = error
+        nb.metadata["epiutils"] = {"seconds": round(time.time() - begin, 1), "stamp": mark}
+        write(copy, nbformat.writes(nb))
+    except Exception as failure:  # noqa: BLE001  a cell's error, a timeout, a dead kernel, a full disk
+        _show_failure(notebook, executed(copy), failure)
+        return failure
     finally:
-        for name in ("EPIUTILS_REPORT", "EPIUTILS_REPORT_DIR", "EPIUTILS_REPORT_SOURCE"):
+        for name in handed:
             del os.environ[name]
-        if part.exists():
-            nb = nbformat.read(part, 4)
-            nb.metadata["epiutils"] = {"seconds": round(time.time() - begin, 1), "failed": str(failure or "")}
-            if failure is None and sys.exc_info()[0] is None:
-                nb.metadata["epiutils"]["stamp"] = mark
-            write(copy, nbformat.writes(nb))
-            part.unlink()
-    if failure is not None:
-        _show_failure(notebook, nb if copy.exists() else None, failure)
-    return failure
+    return None
 
 
-def _show_failure(notebook: Path, nb, failure: Exception) -> None:
+def _show_failure(notebook: Path, nb: nbformat.NotebookNode | None, failure: Exception) -> None:
     """The failing cell's source and its traceback, for the terminal."""
-    started = [c for c in nb.cells if c.cell_type == "code" and c.metadata.get("papermill", {}).get("start_time")]
-    cell = getattr(failure, "source", started[-1].source if started else "")
+    cells = [c for c in nb.cells if c.cell_type == "code"] if nb else []
+    started = [c.source for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+    cell = getattr(failure, "source", started[-1] if started else "")
     trace = "\n".join(getattr(failure, "traceback", None) or [f"{type(failure).__name__}: {failure}"])
     if not sys.stderr.isatty():
         trace = re.sub(r"\x1b\[[0-9;]*m", "", trace)
     print(f"\n{notebook.name} failed in this cell:\n\n{cell}\n\n{trace}\n", file=sys.stderr, flush=True)
 
 
-def refresh(notebooks: list[Path], timeout: int) -> None:
+def _refresh(notebooks: list[Path], timeout: int) -> None:
     """Run notebooks and store their outputs in place, the same bytes in every run (what nbval compares)."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
-
-    from epiutils.report.pages import VIEW
-
     for notebook in notebooks:
         begin, nb = time.time(), nbformat.read(notebook, 4)
         NotebookClient(
@@ -156,7 +159,7 @@ def refresh(notebooks: list[Path], timeout: int) -> None:
             kernel_name="python3",
             timeout=timeout,
             record_timing=False,
-            extra_arguments=QUIET,
+            extra_arguments=_QUIET,
             resources={"metadata": {"path": str(notebook.parent)}},
         ).execute()
         views = [o.data for c in nb.cells for o in c.get("outputs", []) if "data" in o]
@@ -172,93 +175,16 @@ def refresh(notebooks: list[Path], timeout: int) -> None:
         print(f"{notebook.name}: stored, {time.time() - begin:.0f} s", flush=True)
 
 
-# What is left: pages, story, metrics
-
-
-def build(notebooks: list[Path], out: Path, meta: dict, partial: bool, failed: str = "") -> None:
-    """Write the pages, the story and metrics.json from what out/notebooks and out/records hold.
-
-    partial: not every notebook ran, so numbers of earlier runs stay.  failed: what is missing, for the reader.
-    """
-    import nbformat
-
-    from epiutils.report import pages
-
-    nav, copies, figures, numbers, flat = [], [], [], [], {}
-    for notebook in notebooks:
-        copy, records = out / "notebooks" / notebook.name, out / "records" / f"{notebook.stem}.json"
-        nb = nbformat.read(copy if copy.exists() else notebook, 4)
-        title, summary = pages.heading(nb)
-        source = {"source": notebook.stem, "page": f"{notebook.stem}.html", "label": notebook.stem.replace("_", " ")}
-        nav.append(
-            source | {"title": title or source["label"], "summary": summary, "href": None, "state": "Not run yet."}
-        )
-        copies.append(nb)
-        if copy.exists():
-            ran = nb.metadata.get("epiutils", {})
-            state = "" if "stamp" in ran else "This notebook did not run to its end."
-            nav[-1] |= {"href": source["page"], "state": state or f"Ran in {ran['seconds']:.0f} s."}
-            nav[-1]["note"] = state
-        if copy.exists() and records.exists():
-            found = json.loads(records.read_text("utf-8"))
-            for name, text in found["figures"].items():
-                svg = (out / "figures" / f"{name}.svg").exists()
-                figures.append(source | {"name": name, "caption": text, "svg": svg})
-            numbers += [source | entry for entry in found["numbers"].values() if entry["text"]]
-            flat |= {name: entry["value"] for name, entry in found["numbers"].items()}
-    for entry, nb in zip(nav, copies, strict=True):
-        if entry["href"]:
-            here = [other | {"here": other is entry} for other in nav]
-            write(out / entry["href"], pages.notebook_page(nb, entry["title"], here, entry["note"]))
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    made = f"Made with the profile “{meta['profile']}” on {meta['device']}; {versions}."
-    story = pages.story(write_metrics(out / "metrics.json", flat, meta, partial), figures, nav)
-    story |= {"numbers": numbers, "failed": failed, "made": made}
-    write(out / "index.html", pages.story_page(**story))
-    write(out / "README.md", pages.story_readme(**story))
-
-
-def write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> dict:
-    """Merge numbers, named by dotted paths, into metrics.json: nested, sorted, with `meta` as given.
-
-    partial: numbers already there stay beside the new ones; otherwise a group that is written anew (the
-    first word of the name) holds only the new ones.  Groups that nobody writes now always stay.
-    Returns all numbers that the file now holds, named in the same way.
-    """
-    old = flatten(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-    groups = {name.split(".")[0] for name in flat}
-    old = {name: value for name, value in old.items() if partial or name.split(".")[0] not in groups}
-    tree: dict = {}
-    for name, value in (old | flat).items():
-        *folders, leaf = name.split(".")
-        node = tree
-        for folder in folders:
-            if not isinstance(node.get(folder), dict):
-                node[folder] = {}
-            node = node[folder]
-        node[leaf] = value
-    tree["meta"] = meta
-    write(path, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    return flatten(tree)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """A nested dict with its paths as names, joined by dots; `meta` is left out."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {} if prefix + name == "meta" else flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def describe(profile: str, parameters: dict) -> dict:
+def _describe(profile: str, parameters: dict) -> dict:
     """Where the numbers come from: profile, parameters, versions and device, without dates or folders."""
     import torch
 
-    packages = ("epiutils", "numpy", "torch", "opencv-python-headless", "matplotlib")
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()}
+    for name in ("epiutils", "numpy", "torch", "opencv-python-headless", "matplotlib"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # importable from its folder all the same
+            versions[name] = "not installed"
     threads = f"CPU ({platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
     named = {
@@ -270,85 +196,100 @@ def describe(profile: str, parameters: dict) -> dict:
 # The command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m epiutils.report`; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m epiutils.report", description="Run the notebooks, write the report."
     )
-    parser.add_argument(
-        "--profile", choices=("quick", "full"), default="quick", help="full: all that is stored anew, for hours"
-    )
-    parser.add_argument("--recording", metavar="PATH", help="a calibrated recording of your own, a folder")
-    parser.add_argument("--dataset", metavar="NAME", help="Human3.6M: its folder, or the name of one in data/")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook's parameter"
-    )
-    parser.add_argument("--only", nargs="+", metavar="NN", help="these notebooks, by the start of their names")
-    parser.add_argument("--resume", action="store_true", help="skip notebooks that are done and unchanged")
-    parser.add_argument("--refresh", action="store_true", help="store the outputs in the notebooks instead of a report")
-    parser.add_argument("--out", type=Path, default=ROOT / "reports", help="where the report goes (%(default)s)")
-    parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help="where they are (%(default)s)")
-    parser.add_argument(
-        "--timeout", type=int, default=1800, metavar="S", help="longest time for one cell (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--profile", choices=("quick", "full"), default="quick", help="full: all that is stored anew, for hours")
+    add("--recording", metavar="PATH", help="a calibrated recording of your own, a folder")
+    add("--dataset", metavar="NAME", help="Human3.6M: its folder, or the name of one in data/")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook's parameter")
+    add("--only", nargs="+", metavar="NN", help="these notebooks, by the start of their names")
+    add("--resume", action="store_true", help="skip notebooks that are done and unchanged")
+    add("--publish", action="store_true", help="also make anew what is committed, in the folder that holds --out")
+    add("--refresh", action="store_true", help="store the outputs in the notebooks instead of a report")
+    add("--out", type=Path, default=LATEST, help="where the report goes (%(default)s)")
+    add("--notebooks", type=Path, default=_ROOT / "notebooks", help="where they are (%(default)s)")
+    add("--timeout", type=int, default=1800, metavar="S", help="longest time for one cell (%(default)s)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m epiutils.report`; returns the exit status.
+
+    What can be known is checked before the first notebook runs; SIGTERM is heard like Ctrl-C.
+    """
+    parser = _parser()
     args = parser.parse_args(arguments)
-    os.environ.pop("MPLBACKEND", None)
+    os.environ.pop("MPLBACKEND", None)  # a backend from outside takes the figures out of the notebooks
     os.environ |= {name: os.environ.get(name, value) for name, value in THREADS.items()}
 
-    notebooks, out = sorted(args.notebooks.resolve().glob("[0-9]*.ipynb")), args.out.resolve()
+    notebooks, args.out = sorted(args.notebooks.resolve().glob("[0-9]*.ipynb")), args.out.resolve()
     chosen = [n for n in notebooks if any(n.name.startswith(start) for start in args.only or [""])]
     idle = [start for start in args.only or [] if not any(n.name.startswith(start) for n in notebooks)]
     if idle or not chosen:
         parser.error(f"no notebook {' '.join(idle)} in {args.notebooks}; there are: {[n.stem for n in notebooks]}")
-    if args.refresh:
-        refresh(chosen, args.timeout)
-        return 0
-    given = dict(args.p) | {n: v for n in ("recording", "dataset") if (v := getattr(args, n))}
-    for name in ("recording", "dataset"):  # notebooks run in their own folder, the caller means its own
-        if not given.get(name):
-            continue
-        places = [Path(given[name]).expanduser(), *([ROOT / "data" / given[name]] if name == "dataset" else [])]
-        folder = next((place for place in places if place.is_dir()), None)
-        if folder is None:
-            parser.error(f"--{name} {given[name]}: no folder {' or '.join(map(str, places))}")
-        given[name] = str(folder.resolve())
+    if args.publish and args.only:
+        parser.error("--publish needs the numbers of every notebook: leave out --only")
+    given = dict(args.p) | {name: text for name in ("recording", "dataset") if (text := getattr(args, name))}
     try:
-        parameters = choose_parameters(chosen, given, {"profile": args.profile})
+        if given.get("recording"):
+            given["recording"] = _folder("recording", given["recording"])
+        if given.get("dataset"):
+            given["dataset"] = _folder("dataset", given["dataset"], _ROOT / "data" / given["dataset"])
+        parameters = _choose_parameters(chosen, given, {"profile": args.profile})
+        _check_writable("--notebooks" if args.refresh else "--out", args.notebooks if args.refresh else args.out)
     except ValueError as error:
         parser.error(str(error))
+    if args.refresh:
+        _refresh(chosen, args.timeout)
+        return 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _report(args, notebooks, parameters)
+    except OSError as error:  # a full disk
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    failure, interrupted, done = None, False, 0
+
+def _report(args: argparse.Namespace, notebooks: list[Path], parameters: dict[Path, dict]) -> int:
+    """Run the notebooks that have parameters, build the report from all; returns the exit status."""
+    flat = {name: value for choice in parameters.values() for name, value in choice.items() if name != "profile"}
+    meta, failure, interrupted, notebook = _describe(args.profile, flat), None, False, None
     try:
         if args.profile == "full":
             from epiutils.studies import runs
 
             runs.main([])  # what it has done is not done again
-        for done, notebook in enumerate(chosen):
-            copy = out / "notebooks" / notebook.name
-            if args.resume and _stamped(copy) == stamp(notebook, parameters[notebook]):
+        for number, notebook in enumerate(parameters, 1):
+            ran = executed(args.out / "notebooks" / notebook.name) if args.resume else None
+            if ran and ran.metadata.get("epiutils", {}).get("stamp") == _stamp(notebook, parameters[notebook]):
                 print(f"{notebook.stem}: unchanged", flush=True)
                 continue
-            print(f"{notebook.stem} ({done + 1} of {len(chosen)}) ...", flush=True)
+            print(f"{notebook.stem} ({number} of {len(parameters)}) ...", flush=True)
             begin = time.time()
-            failure = execute(notebook, parameters[notebook], out, args.timeout)
+            failure = _execute(notebook, parameters[notebook], args.out, args.timeout)
             if failure:
                 break
             print(f"{notebook.stem}: done, {time.time() - begin:.0f} s", flush=True)
     except KeyboardInterrupt:
         interrupted = True
-    stopped = f"{chosen[done].stem} {'was interrupted' if interrupted else 'failed'}." if failure or interrupted else ""
-    flat = {name: value for choice in parameters.values() for name, value in choice.items() if name != "profile"}
-    build(notebooks, out, describe(args.profile, flat), bool(stopped or args.only), stopped)
-    print(f"{stopped} What was done is kept; go on with --resume. " if stopped else "", out / "index.html", flush=True)
+    stopped = ""
+    if failure or interrupted:
+        stopped = f"{notebook.stem if notebook else 'The report'} {'was interrupted' if interrupted else 'failed'}."
+    publish = args.out.parent if args.publish and not stopped else None
+    build(notebooks, args.out, meta, bool(stopped or args.only), stopped, publish)
+    if args.out == LATEST:
+        write(args.out.parent / "index.html", _TO_LATEST)
+    print(
+        f"{stopped} What was done is kept; go on with --resume. " if stopped else "",
+        args.out / "index.html",
+        flush=True,
+    )
     return 130 if interrupted else 1 if failure else 0
-
-
-def _stamped(copy: Path) -> str | None:
-    """The stamp of an executed copy that ran to its end, or None."""
-    try:
-        return json.loads(copy.read_text("utf-8"))["metadata"]["epiutils"]["stamp"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 if __name__ == "__main__":
