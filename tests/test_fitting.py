@@ -17,7 +17,7 @@ from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.heatmaps import HEATMAP_FROM_INPUT
 from epiutils.metrics import joint_mean
 from epiutils.networks.hrnet import PoseHRNet, normalise
-from epiutils.networks.loop import train
+from epiutils.networks.loop import batches, train
 from epiutils.networks.predict import predict
 from epiutils.studies.fitting import (
     PAIRS,
@@ -25,8 +25,10 @@ from epiutils.studies.fitting import (
     HeatmapPairs,
     HeatmapScenes,
     PicturePairs,
+    followed,
     free_loss,
     fusion_loss,
+    train_pairs,
     views_loss,
     watch,
 )
@@ -272,6 +274,27 @@ def test_train_takes_it_and_what_is_watched_is_of_before_the_step():
     assert [rows[0][f"w{k}"] for k in range(9)] == WEIGHTS.flatten().tolist()
     torch.testing.assert_close(torch.tensor([rows[0][f"g{k}"] for k in range(9)]), gradient.flatten())
     assert rows[1]["w4"] != rows[0]["w4"] and rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_pairs_are_trained_on_as_the_original_did_and_followed():
+    data, modules = HeatmapPairs(made_up(twice=0.5)), [fusion(), fusion()]
+    rows = train_pairs(modules[0], data, 4, 6, 0.05, seed=3)
+    literal = torch.optim.AdamW(modules[1].parameters(), lr=0.05, weight_decay=0)
+    path, losses = [], []
+    for drawn in itertools.islice(batches(36, 6, 3), 4):
+        literal.zero_grad()
+        loss = fusion_loss(modules[1], batch_of(data, [index for _, index in drawn]))
+        loss.backward()
+        path.append([modules[1].weight.detach().flatten().numpy().copy(), modules[1].weight.grad.flatten().numpy()])
+        path[-1][1] = path[-1][1].copy()
+        losses.append(loss.item())
+        literal.step()
+    given = followed(rows)
+    assert given["path"].shape == (4, 2, 9) and given["path"].dtype == np.float32
+    np.testing.assert_allclose(given["path"], path, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(given["losses"], losses, rtol=1e-5)
+    torch.testing.assert_close(modules[0].weight, modules[1].weight, rtol=1e-4, atol=1e-6)
+    assert followed([{"loss": 1.0}, {"loss": 0.5}])["path"].shape == (0, 2, 9)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

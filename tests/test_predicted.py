@@ -30,11 +30,12 @@ from epiutils.metrics import bootstrap, joint_mean
 from epiutils.networks.hrnet import load_checkpoint, normalise, save_checkpoint
 from epiutils.networks.predict import predict
 from epiutils.studies import predicted as studied
-from epiutils.studies.fitting import PAIRS, HeatmapPairs, PicturePairs
+from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, PicturePairs, train_pairs
 from epiutils.studies.predicted import (
     choose,
     effect,
     found_by,
+    freed,
     fuse_views,
     heatmaps_once,
     kept,
@@ -432,6 +433,32 @@ def test_other_cameras_have_a_file_of_their_own(asked, tmp_path, monkeypatch):
     assert len(written(tmp_path)) == 2
     with pytest.raises(ValueError, match="rig"):
         heatmaps_once("best", rig=cameras, dataset=str(tmp_path))
+
+
+def test_a_backbone_that_was_set_free_is_trained_once(cache, monkeypatch):
+    here = functools.wraps(train_pairs)(lambda *given, workers, **settings: train_pairs(*given, **settings))
+    monkeypatch.setattr(studied, "train_pairs", here)  # a worker takes seconds to begin
+    settings = {"scenes": slice(0, 1), "steps": 2, "batch": 2, "train_scenes": slice(1, 2)}
+    seen, training = freed("best", **settings)
+    torch.manual_seed(0)
+    model = FusedNetwork(load_checkpoint(studied.CHECKPOINTS["best"]), OriginalFusion()).train()
+    begin = model.fusion.weight.detach().flatten().numpy().copy()
+    rows = train_pairs(model, training_pictures("train", slice(1, 2)), 2, 2)
+    np.testing.assert_allclose(training["losses"], [row["loss"] for row in rows], rtol=1e-5)
+    np.testing.assert_allclose(training["weights"], model.fusion.weight.detach(), rtol=1e-4)
+    np.testing.assert_array_equal(training["path"][0, 0], begin)
+    with torch.no_grad():
+        maps = model.network.eval()(normalise(MultiView(Benchmark("test"))[0]["image"]))
+    torch.testing.assert_close(seen.output[0], maps, rtol=2**-8, atol=1e-3)
+    still, _ = freed("best", **settings, lr=0.0)  # the batch statistics move all the same
+    before = heatmaps_once("best", scenes=slice(0, 1), progress=False).output
+    assert not torch.allclose(still.output, before, atol=1e-2) and not torch.allclose(still.output, seen.output)
+    monkeypatch.setattr(torch.optim, "AdamW", None)
+    again, same = freed("best", **settings)
+    assert torch.equal(again.output, seen.output) and torch.equal(again.target, seen.target)
+    assert all(np.array_equal(training[key], same[key]) for key in training)
+    with pytest.raises(TypeError):
+        freed("best", **settings | {"batch": 3})
 
 
 def test_a_file_that_could_not_be_written_is_not_there(asked, tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from scenes import JOINTS, made_up
 
-from epiutils.fusion import OriginalFusion, RepairedFusion
+from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.metrics import found
 from epiutils.studies import runs
+from epiutils.studies.fitting import HeatmapPairs, train_pairs
+from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext, evaluate, train_frozen
 
 SHAPE = (60, 80)
@@ -65,6 +67,43 @@ def test_the_same_seed_trains_the_same_module():
     first, again, other = ([p.detach() for p in module.parameters()] for module in modules)
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert not any(map(torch.equal, first, RepairedFusion().parameters()))
+
+
+def test_the_originals_experiments_are_made_where_they_are_not_stored(monkeypatch):
+    lesson, test = (made_up(seed, shape=(64, 64), twice=0.5) for seed in (5, 6))
+    training = {"weights": np.eye(3, dtype=np.float32) / 50, "losses": np.ones(4), "path": np.zeros((4, 2, 9))}
+    asked = []
+    monkeypatch.setattr(runs, "open_split", lambda split, dataset: range(3))
+    monkeypatch.setattr(runs, "heatmaps_once", lambda point, split, *_: {"train": lesson, "test": test}[split])
+    monkeypatch.setattr(runs, "freed", lambda *given: asked.append(given) or (test, dict(training)))
+    made = runs.originals("original", "a folder", 3, 3, 1.5, 2, 4, 4, 2)
+    assert asked == [("original", 3, 4, 1e-3, 1.5, 4, 3, "a folder")]
+    for method, (module, batch) in {
+        "original_frozen": (OriginalFusion(1.5), 4),
+        "original_frozen_sigmoid": (OriginalFusion(1.5, sigmoid=True), 4),
+        "second_attempt": (SimpleFusion(1.5), 8),
+    }.items():
+        assert made[method]["found"].shape == (2, 3, 4, JOINTS) and made[method]["path"].shape == (2, 2, 2, 9)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            module = type(module)(1.5, method.endswith("sigmoid"))
+            rows = train_pairs(module, HeatmapPairs(lesson), 2, batch, seed=seed)
+            np.testing.assert_array_equal(made[method]["losses"][seed], [row["loss"] for row in rows])
+            np.testing.assert_array_equal(made[method]["weights"][seed], next(module.parameters()).detach().flatten())
+            np.testing.assert_array_equal(made[method]["found"][seed], found_by(WithNext(module), test))
+    free = OriginalFusion(1.5, initial=torch.eye(3) / 50)
+    np.testing.assert_array_equal(made["original_free"]["found"], [found_by(WithNext(free), test)])
+    np.testing.assert_array_equal(made["original_free"]["found_unfused"], [found_by(None, test)])
+    np.testing.assert_array_equal(made["hrnet"]["found"], [found_by(None, test)])
+
+
+def test_stored_experiments_of_the_original_are_cut_to_the_chosen_seeds_and_instants():
+    stored, cut = runs.load("original"), runs.originals("original", test_scenes=60, seeds=2)
+    assert cut.keys() == {"hrnet", *runs.PAIRED, "original_free"}
+    for method, of in cut.items():
+        np.testing.assert_array_equal(of["found"], stored[method]["found"][:2, ::7])
+        for key in of.keys() - {"found"}:
+            np.testing.assert_array_equal(of[key], stored[method][key][:2])
 
 
 @pytest.fixture

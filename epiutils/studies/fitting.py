@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from epiutils.data.dataset import MultiView
 from epiutils.data.views import Predicted
 from epiutils.heatmaps import hit_loss, joints_mse, position_cross_entropy
 from epiutils.networks.hrnet import normalise
+from epiutils.networks.loop import train
 
 PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of four views
 
@@ -100,6 +102,18 @@ def fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) 
     return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
 
 
+def train_pairs(
+    module: nn.Module, data: torch.utils.data.Dataset, steps: int = 50, batch: int = 8, lr: float = 1e-3, **settings
+) -> list[dict]:
+    """Train on pairs of views as the original did: AdamW without decay, at one learning rate, on `fusion_loss`.
+
+    data: `HeatmapPairs`, or `PicturePairs` for a `FusedNetwork`.  settings: of `networks.loop.train`.
+    Returns the rows of `steps.csv`, with those of `watch`.
+    """
+    settings = {"weight_decay": 0, "schedule": "constant", "log": watch, "progress": False} | settings
+    return train(module, fusion_loss, data, steps=steps, batch=batch, lr=lr, **settings)[1]
+
+
 def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
     """Of all views fused with each other: how improbable the right places are, `heatmaps.hit_loss`, for `train`.
 
@@ -125,3 +139,12 @@ def watch(module: nn.Module) -> dict[str, float]:
     weight = next(p for p in module.parameters() if p.numel() == 9 and p.shape[-2:] == (3, 3))
     columns = {f"w{k}": v for k, v in enumerate(weight.detach().flatten().tolist())}
     return columns | {f"g{k}": v for k, v in enumerate(weight.grad.flatten().tolist())}
+
+
+def followed(rows: list[dict]) -> dict[str, np.ndarray]:
+    """`losses` (steps,) and the nine weights with their gradients, `path` (steps, 2, 9), of the rows of `steps.csv`.
+
+    The path of a training without `watch` is empty.
+    """
+    path = [[row[f"{kind}{k}"] for k in range(9)] for row in rows if "w0" in row for kind in "wg"]
+    return {"losses": np.array([row["loss"] for row in rows]), "path": np.float32(path).reshape(-1, 2, 9)}

@@ -26,11 +26,14 @@ from epiutils.data.files import code, replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import Predicted
 from epiutils.epipolar import fundamental_from_cameras
+from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import STRIDE, decode, hrnet_targets, probabilities
 from epiutils.metrics import bootstrap, found, joint_mean
 from epiutils.networks.hrnet import load_checkpoint
+from epiutils.networks.loop import train
 from epiutils.networks.predict import predict
-from epiutils.studies.fitting import PicturePairs
+from epiutils.redirect import Pencil
+from epiutils.studies.fitting import FusedNetwork, PicturePairs, followed, train_pairs
 from epiutils.triangulate import triangulate, triangulate_robust
 
 CHECKPOINTS = {
@@ -125,12 +128,6 @@ def heatmaps_once(
         raise ValueError(f"a rig renders the embedded people anew; those of the dataset {dataset} have their cameras")
     checkpoint, data = Path(CHECKPOINTS.get(point, point)), open_split(split, dataset)
     chosen = choose(data, scenes)
-    depends = [checkpoint, split, [data.instants[i] for i in chosen], rig]
-    depends += [predict, load_checkpoint, MultiView, Predicted, Camera, fundamental_from_cameras, hrnet_targets]
-    if dataset:
-        depends += [Human36M, data.file.name, data.file.stat().st_mtime_ns]
-    else:
-        depends += [data.folder.name]  # the renderer's version
 
     def make() -> dict:
         instants = torch.utils.data.Subset(data, chosen)
@@ -138,14 +135,70 @@ def heatmaps_once(
             instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
         elif not dataset:
             data.prepare(progress=progress, only=chosen)
-        predicted = predict(load_checkpoint(checkpoint), MultiView(instants), workers=1, progress=progress)
-        values = vars(predicted) | {"output": predicted.output.half()}
-        del values["target"]  # soon made of the joints
-        return values
+        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), workers=1, progress=progress))
 
-    values = kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make)
+    depends = [checkpoint, split, *_instants(data, chosen, rig)]
+    return _whole(kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make))
+
+
+def _instants(data: Sequence, chosen: range, rig: Sequence[Camera] | None = None) -> list:
+    """All that decides what a network sees in these instants, but the network, for `kept`."""
+    depends = [[data.instants[i] for i in chosen], rig]
+    depends += [predict, load_checkpoint, MultiView, Predicted, Camera, fundamental_from_cameras, hrnet_targets]
+    if isinstance(data, Benchmark):
+        return [*depends, data.folder.name]  # the renderer's version
+    return [*depends, Human36M, data.file.name, data.file.stat().st_mtime_ns]
+
+
+def _halved(predicted: Predicted) -> dict[str, Tensor]:
+    values = vars(predicted) | {"output": predicted.output.half()}
+    del values["target"]  # soon made of the joints
+    return values
+
+
+def _whole(values: dict[str, Tensor]) -> Predicted:
     target, _ = hrnet_targets(values["joints"], values["output"].shape[-2:])
     return Predicted(**values | {"output": values["output"].float(), "target": target})
+
+
+def freed(
+    point: str,
+    scenes: int | slice = slice(None),
+    steps: int = 60,
+    lr: float = 1e-3,
+    threshold: float = 1.0,
+    batch: int = 8,
+    train_scenes: int | slice = slice(0, 840, 8),
+    dataset: str = "",
+) -> tuple[Predicted, dict[str, np.ndarray]]:
+    """What the backbone of a point sees in the test split once it was set free, `kept` in the cache.
+
+    Behind it stand the nine weights of `OriginalFusion`, new, of seed 0; they train together on pairs of pictures of
+    subject 1, as the original did.  With lr = 0 nothing moves but the statistics of the batch normalisation.
+    point, scenes, dataset: see `heatmaps_once`.  Returns what it sees, and the `weights` (3, 3) and what was `followed`.
+    """
+    checkpoint, data, lessons = (
+        Path(CHECKPOINTS.get(point, point)),
+        *(open_split(s, dataset) for s in ("test", "train")),
+    )
+    chosen = choose(data, scenes)
+
+    def make() -> dict:
+        torch.manual_seed(0)
+        model = FusedNetwork(load_checkpoint(checkpoint), OriginalFusion(threshold)).train()
+        pictures = training_pictures("train", train_scenes, dataset)
+        rows = train_pairs(model, pictures, steps, batch, lr, workers=1)
+        if not dataset:
+            data.prepare(progress=False, only=chosen)
+        seen = predict(model.network, MultiView(torch.utils.data.Subset(data, chosen)), workers=1)
+        training = {name: torch.from_numpy(values) for name, values in followed(rows).items()}
+        return _halved(seen) | training | {"weights": model.fusion.weight.detach()}
+
+    depends = [checkpoint, *_instants(data, chosen), *_instants(lessons, choose(lessons, train_scenes))]
+    depends += [train_pairs, train, OriginalFusion, Pencil, steps, lr, threshold, batch]
+    values = kept(f"freed-{checkpoint.stem}", depends, make)
+    training = {name: values.pop(name).numpy() for name in ("weights", "losses", "path")}
+    return _whole(values), training
 
 
 @torch.no_grad()

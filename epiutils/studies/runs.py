@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,21 @@ from epiutils.studies.fitting import (
     FusedNetwork,
     HeatmapPairs,
     HeatmapScenes,
+    followed,
     free_loss,
-    fusion_loss,
+    train_pairs,
     views_loss,
-    watch,
 )
-from epiutils.studies.predicted import CHECKPOINTS, found_by, heatmaps_once, training_pictures, triangulated
+from epiutils.studies.predicted import (
+    CHECKPOINTS,
+    choose,
+    found_by,
+    freed,
+    heatmaps_once,
+    open_split,
+    training_pictures,
+    triangulated,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results"
@@ -72,10 +82,10 @@ def _views_mse(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -
 
 # Methods on frozen heatmaps that train by pairs of views as the original did: the module, iterations and batch
 PAIRED = {
-    "original_frozen": (lambda: OriginalFusion(1.0), 50, 8),
-    "original_frozen_sigmoid": (lambda: OriginalFusion(1.0, sigmoid=True), 50, 8),
-    "original_frozen_2200": (lambda: OriginalFusion(1.0), 2200, 8),  # the last iteration that the original showed
-    "second_attempt": (lambda: SimpleFusion(1.0), 50, 16),
+    "original_frozen": (OriginalFusion, 50, 8),
+    "original_frozen_sigmoid": (partial(OriginalFusion, sigmoid=True), 50, 8),
+    "original_frozen_2200": (OriginalFusion, 2200, 8),  # the last iteration that the original showed
+    "second_attempt": (SimpleFusion, 50, 16),
 }
 # Methods that train on all views of an instant together: the module, and its loss
 TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
@@ -109,8 +119,7 @@ def train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) 
     if method in PAIRED:
         make, steps, batch = PAIRED[method]
         module = make()
-        rows = train(module, fusion_loss, HeatmapPairs(heatmaps), steps=steps, batch=batch, lr=1e-3, log=watch,
-                     schedule="constant", **settings)[1]  # fmt: skip
+        rows = train_pairs(module, HeatmapPairs(heatmaps), steps, batch, seed=seed)
         return WithNext(module.cpu()), rows
     make, loss = TOGETHER[method]
     module = make()
@@ -127,8 +136,7 @@ def _train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[
     if method == "original_free":
         model = FusedNetwork(network, fusion).train()
         data = training_pictures("train", TRAINING)
-        return model, train(model, fusion_loss, data, steps=60, batch=8, lr=1e-3, weight_decay=0, log=watch,
-                            schedule="constant", **settings)[1]  # fmt: skip
+        return model, train_pairs(model, data, 60, **settings)
     model = FusedNetwork(network, fusion, method.endswith("frozen_statistics")).train()
     data = MultiView(Benchmark(_FREE_SPLIT[point]).prepare(), Augmentation(), seed=seed)
     alone = lambda model, batch, done: pose_loss(model.network, batch, 0.5)
@@ -181,7 +189,8 @@ def _run(point: str, method: str, seed: int) -> dict:
     if method == "hrnet":
         return evaluate(None, test) | {"seconds": 0.0}
     if method in FREE:
-        fusion = OriginalFusion(1.0)
+        torch.manual_seed(seed)
+        fusion = OriginalFusion()
         if method != "original_free":
             fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
         start = time.perf_counter()
@@ -200,8 +209,7 @@ def _run(point: str, method: str, seed: int) -> dict:
         seconds, scored = time.perf_counter() - start, evaluate(module, test)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     scored |= {"weights": weights.numpy() if len(weights) < 1000 else [], "seconds": seconds}
-    path = [[row[f"{kind}{k}"] for k in range(9)] for row in rows if "w0" in row for kind in "wg"]
-    return scored | {"losses": [row["loss"] for row in rows], "path": np.float32(path).reshape(-1, 2, 9)}
+    return scored | followed(rows)
 
 
 def load(point: str) -> dict[str, dict[str, np.ndarray]]:
@@ -221,6 +229,49 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
                 values = np.minimum(values.astype(np.float64), _FARTHEST)
             methods.setdefault(method, {})[key] = values
         return methods | {"meta": json.loads(str(stored["meta"]))}
+
+
+def originals(
+    point: str,
+    dataset: str = "",
+    train_scenes: int = 105,
+    test_scenes: int = 420,
+    threshold: float = 1.0,
+    steps: int = 50,
+    free_steps: int = 60,
+    batch: int = 8,
+    seeds: int = SEEDS,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The original's experiments, as `load` gives them: stored where they are these, or else made now.
+
+    found (S, N, V, J) of S seeds, in the chosen test instants; losses, path and weights of the trainings.  What is made
+    now has one seed where the backbone is free.
+    """
+    chosen = choose(open_split("test", dataset), test_scenes)
+    settings = (dataset, train_scenes, threshold, steps, free_steps, batch)
+    if settings == ("", 105, 1.0, 50, 60, 8) and (RESULTS / f"{point}.npz").exists():
+        cut = lambda key, values: values[:seeds, chosen] if key.startswith("found") else values[:seeds]
+        stored, names = load(point), ("hrnet", *PAIRED, "original_free")
+        return {
+            name: {key: cut(key, values) for key, values in stored[name].items()} for name in names if name in stored
+        }
+    lesson = heatmaps_once(point, "train", train_scenes, False, dataset)
+    test = heatmaps_once(point, "test", test_scenes, False, dataset)
+    made = {"hrnet": [{"found": found_by(None, test)}]}
+    for method in ("original_frozen", "original_frozen_sigmoid", "second_attempt"):
+        make, _, usual = PAIRED[method]
+        made[method] = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            module = make(threshold)
+            rows = train_pairs(module, HeatmapPairs(lesson), steps, usual * batch // 8, seed=seed)
+            weights = next(module.parameters()).detach().flatten().numpy()
+            made[method].append({"found": found_by(WithNext(module), test), "weights": weights} | followed(rows))
+    seen, training = freed(point, test_scenes, free_steps, 1e-3, threshold, batch, train_scenes, dataset)
+    module = OriginalFusion(threshold, initial=torch.from_numpy(training["weights"]))
+    training |= {"found": found_by(WithNext(module), seen), "found_unfused": found_by(None, seen)}
+    made["original_free"] = [training | {"weights": training["weights"].flatten()}]
+    return {name: {key: np.stack([run[key] for run in each]) for key in each[0]} for name, each in made.items()}
 
 
 def measured(name: str) -> dict:
