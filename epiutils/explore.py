@@ -23,7 +23,7 @@ BUDGET = 0.15  # s, the longest redraw that still feels like dragging
 MAX_FRAMES = 41  # pictures made ahead for one slider of the report
 
 
-def encode(figure: Figure, width: int, kind: str = ".png", *options: int) -> bytes:
+def _encode(figure: Figure, width: int, kind: str = ".png", *options: int) -> bytes:
     """The figure as an image file of `width` pixels, without pyplot; a pyplot figure is closed.
 
     kind, options: as `cv2.imencode` takes them; its PNG is as exact as any and made in a third of the time.
@@ -71,7 +71,7 @@ class Explorer:
         """Draw at the controls' values; raises what the drawing function raises."""
         start = time.perf_counter()
         figure, self.caption = self.draw(**self.values)
-        self._image.value = encode(figure, round(self.width * self.scale))
+        self._image.value = _encode(figure, round(self.width * self.scale))
         self._label.value = html.escape(self.caption)
         self.seconds = time.perf_counter() - start
         for control in self.controls.values():
@@ -103,7 +103,7 @@ class Explorer:
         frames = []
         for text, value in pairs:
             figure, caption = self.draw(**self.values | {self.ahead: value})
-            picture = encode(figure, round(1.25 * self.width), ".webp", cv2.IMWRITE_WEBP_QUALITY, 70)
+            picture = _encode(figure, round(1.25 * self.width), ".webp", cv2.IMWRITE_WEBP_QUALITY, 70)
             frames.append({"text": text, "caption": caption, "webp": base64.b64encode(picture).decode()})
         others = {other.description: _text(other) for other in self.controls.values() if other is not control}
         about = {"name": control.description, "start": start, "width": self.width, "settings": others}
@@ -112,7 +112,7 @@ class Explorer:
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         """The live widget; the picture and the caption for readers without a kernel; frames for the report."""
         settings = ", ".join(f"{control.description} {_text(control)}" for control in self.controls.values())
-        picture = encode(self.draw(**self.values)[0], self.width, ".png", cv2.IMWRITE_PNG_COMPRESSION, 9)
+        picture = _encode(self.draw(**self.values)[0], self.width, ".png", cv2.IMWRITE_PNG_COMPRESSION, 9)
         data = self.view._repr_mimebundle_(**kwargs) | {
             "text/plain": f"{settings}: {self.caption}",
             "image/png": base64.b64encode(picture).decode(),

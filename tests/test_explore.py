@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from epiutils.explore import MAX_FRAMES, encode, explore
+from epiutils.explore import MAX_FRAMES, explore
 
 
 def draw(threshold=2, view="left", grid=False, gain=0.5):
@@ -18,6 +18,11 @@ def draw(threshold=2, view="left", grid=False, gain=0.5):
     figure = Figure(figsize=(3, 2))
     figure.add_axes((0, 0, 1, 1), ylim=(0, 6)).plot([0, threshold])
     return figure, f"threshold {threshold}, {view}, {grid}, {gain:g}"
+
+
+def png(panel):
+    """The picture for readers without a kernel, of the width asked."""
+    return base64.b64decode(panel._repr_mimebundle_()[0]["image/png"])
 
 
 def test_shortcuts_make_controls_that_start_at_the_defaults_of_draw():
@@ -39,12 +44,13 @@ def test_moving_a_control_redraws_picture_and_caption():
     assert Image.open(io.BytesIO(panel.view.children[1].value)).width == round(300 * panel.scale)
 
 
-def test_a_picture_is_matplotlibs_own_to_the_last_pixel():
-    for width in (300, 233):
-        expected, figure = io.BytesIO(), draw(4)[0]
-        figure.savefig(expected, format="png", dpi=width / 3)
-        with Image.open(expected) as image, Image.open(io.BytesIO(encode(draw(4)[0], width))) as ours:
-            assert ours.mode == "RGB" and np.array_equal(image.convert("RGB"), ours)
+@pytest.mark.parametrize("width", [300, 233])
+def test_a_picture_is_matplotlibs_own_to_the_last_pixel(width):
+    expected, figure = io.BytesIO(), draw(4)[0]
+    panel = explore(draw, threshold=w.IntSlider(4, 1, 6), width=width)
+    figure.savefig(expected, format="png", dpi=width / 3)
+    with Image.open(expected) as image, Image.open(io.BytesIO(png(panel))) as ours:
+        assert ours.mode == "RGB" and np.array_equal(image.convert("RGB"), ours)
 
 
 def test_an_exception_becomes_the_caption_and_the_explorer_lives_on():
@@ -93,7 +99,7 @@ def test_the_display_reads_without_a_kernel_and_is_the_same_in_every_run():
     data, metadata = panel._repr_mimebundle_()
     assert data["text/plain"] == "threshold 2, grid off: threshold 2, left, False, 0.5"
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
-    assert metadata == {} and Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).format == "PNG"
+    assert metadata == {} and Image.open(io.BytesIO(png(panel))).format == "PNG"
     assert panel._repr_mimebundle_()[0]["image/png"] == data["image/png"]
 
 

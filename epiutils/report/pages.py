@@ -46,7 +46,7 @@ class _Formulas:
         def keep(match):
             if match[1]:
                 return match[1]
-            self.found.append(mathml(match[2] or match[3], block=bool(match[2])))
+            self.found.append(_mathml(match[2] or match[3], block=bool(match[2])))
             return f"@@MATH{len(self.found) - 1}@@"
 
         return _MATH.sub(keep, markdown)
@@ -66,7 +66,7 @@ _TEX = {"{aligned}": "{align*}", r"\operatorname*": r"\operatorname", r"\boldsym
 _RELATIONS = re.compile("<mi>([∼⇒⇔⟹⟺⟨⟩⌊⌋⌈⌉])</mi>")  # identifiers to latex2mathml: without spaces around them
 
 
-def mathml(tex: str, block: bool = False) -> str:
+def _mathml(tex: str, block: bool = False) -> str:
     """A formula as MathML; what cannot be converted stays as it was written, and is named on stderr."""
     words = re.sub(r"\\mathrm\s*\{(\w+)\}", r"\\text{\1}", tex.strip())  # browsers ignore mathvariant
     for theirs, ours in _TEX.items():
@@ -114,7 +114,7 @@ def _without_kernel(nb: NotebookNode, formulas: _Formulas) -> NotebookNode:
             if "image/png" in data:
                 data["text/html"] = f'<img src="{_picture(data.pop("image/png"))}" alt="{html.escape(section)}">'
             elif "text/latex" in data and "text/html" not in data:
-                data["text/html"] = mathml(data["text/latex"].strip().strip("$"), block=True)
+                data["text/html"] = _mathml(data["text/latex"].strip().strip("$"), block=True)
             elif "text/markdown" in data:
                 data["text/markdown"] = formulas.hide(data["text/markdown"])
     return nb

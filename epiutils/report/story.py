@@ -84,7 +84,7 @@ def story(template: str, numbers: dict, figures: list[dict], nav: list[dict], **
     plan = tomllib.loads((pages.TEMPLATES / "story.toml").read_text("utf-8"))
     recorded, tiles, entries = {figure["name"]: figure for figure in figures}, [], []
     for tile in plan["tiles"]:
-        filled = {key: fill(text, numbers) for key, text in tile.items()}
+        filled = {key: _fill(text, numbers) for key, text in tile.items()}
         if None not in filled.values():
             to = next((entry for entry in nav if entry["source"].startswith(tile["notebook"])), {})
             tiles.append(filled | {"entry": to})
@@ -106,7 +106,7 @@ def story(template: str, numbers: dict, figures: list[dict], nav: list[dict], **
     return environment.get_template(template).render(css=pages.css(), told=told, others=others, **said)
 
 
-def fill(text: str, numbers: dict) -> str | None:
+def _fill(text: str, numbers: dict) -> str | None:
     """A text with each {name:format} replaced by that number, 46 % for .0%; None where a number is missing."""
     try:
         return _FIELD.sub(lambda field: format(numbers[field[1]], field[2]).replace("%", " %"), text)
