@@ -202,7 +202,8 @@ def nine(ax: Axes, values, label: str = "") -> Axes:
         row, column = divmod(k, 3)
         ax.plot(curve, color=(BLUE, ORANGE, GREEN)[row], ls=("-", "--", ":")[column], lw=1.2, label=f"{row}, {column}")
     ax.set(xlabel="iteration", ylabel=label)
-    ax.legend(title="row, column", fontsize=7.5, title_fontsize=8, ncols=3, frameon=False)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    ax.legend(title="row, column", fontsize=7.5, title_fontsize=8, ncols=3, frameon=False, **above)
     return ax
 
 
