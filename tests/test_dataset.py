@@ -108,9 +108,14 @@ def test_no_half_files_and_damage_is_named(cache, test_set, monkeypatch):
     test_set[3]
     path = test_set._path(test_set.instants[3])
     assert not [p for p in path.parent.iterdir() if p.suffix != ".npz"]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged: remove it"):
-        test_set[3]
+    whole = path.read_bytes()
+    for damaged in (whole[:1000], whole[:5000] + b"?" + whole[5001:], b""):  # cut off, changed inside, empty
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"{path.name} is not a whole scene: .*rendered anew"):
+            views = test_set[3]
+        for view, again in zip(views, test_set[3], strict=True):
+            np.testing.assert_array_equal(view.image, again.image)
+        assert path.read_bytes() == whole
     path.unlink()
     monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

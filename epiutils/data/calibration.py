@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,33 +11,32 @@ import tomli_w
 from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import Camera
-from epiutils.data.files import replacing
+from epiutils.data.files import read_toml, reading, replacing
 
 
-def read_calib(path: str | os.PathLike) -> list[Camera]:
+def read_calib(path: str | os.PathLike, limit: int = 1 << 20) -> list[Camera]:
     """Cameras of a `Calib.toml`, in the file's order (the format of Pose2Sim and aniposelib).
 
     One table a camera: name, size, matrix, distortions, rotation (Rodrigues vector) and translation
-    in metres, world to camera.  Raises ValueError with the file, the table and the key at fault.
+    in metres, world to camera.  limit: most bytes of the file.
+    Raises ValueError with the file, the table and the key at fault.
     """
-    path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
-    cameras = []
-    for key, table in tables.items():
+    path, cameras = Path(path), []
+    for key, table in read_toml(path, limit).items():
         if key == "metadata":
             continue
         where = f"{path}, table [{key}]"
         if not isinstance(table, dict):
-            raise ValueError(f"{where}: expected a table a camera, got {table!r}")
+            raise ValueError(f"{where}: expected a table a camera, got {table!r:.100}")
         missing = {"size", "matrix", "distortions", "rotation", "translation"} - table.keys()
         if missing:
             raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
         if table.get("fisheye"):
             raise ValueError(f"{where}: fisheye lenses are not supported")
-        try:
+        with reading(where):
+            width, height = map(int, table["size"])
+            if max(width, height) >= 1 << 15 or width * height > 1 << 26:  # OpenCV's limit, and 200 MB a picture
+                raise ValueError(f"size {width}×{height}: at most 32,767 px a side and 67 million in all")
             rotation = np.array(table["rotation"], dtype=float).reshape(3)
             cameras.append(
                 Camera(
@@ -50,8 +48,6 @@ def read_calib(path: str | os.PathLike) -> list[Camera]:
                     name=str(table.get("name", key)),
                 )
             )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
     if not cameras:
         raise ValueError(f"{path}: no camera in it")
     names = [camera.name for camera in cameras]

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import tomllib
 import warnings
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +31,7 @@ from tqdm.auto import tqdm
 
 from epiutils.cameras import Camera, crop_affine
 from epiutils.data import human36m, people, raycast
-from epiutils.data.files import code, replacing
+from epiutils.data.files import code, reading, replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.recordings import Recording, read_recording
 from epiutils.data.views import BONES, JOINTS, View, exact_detections, heatmap_fundamentals
@@ -136,14 +135,16 @@ class Benchmark(Sequence):
     def __getitem__(self, index: int) -> list[View]:
         path = self._path(self.instants[index])
         try:
-            return _read_views(path)
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: remove it, and it is rendered anew ({error})") from error
+            with reading(path, "a whole scene"):
+                return _read_views(path)
         except FileNotFoundError:
-            views = people.scene(**vars(self.instants[index]))
-            with replacing(path) as part, part.open("wb") as file:
-                np.savez(file, **_arrays(views, self.lossless))
-            return views if self.lossless else _read_views(path)
+            pass
+        except ValueError as error:
+            warnings.warn(f"{error}; it is rendered anew", stacklevel=2)
+        views = people.scene(**vars(self.instants[index]))
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **_arrays(views, self.lossless))
+        return views if self.lossless else _read_views(path)
 
     def prepare(
         self, workers: int | None = None, progress: bool = True, only: Sequence[int] | None = None

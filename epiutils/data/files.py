@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; and what a module's file says, for those that keep what it makes."""
+"""Files: those of others are read within bounds; our own appear whole or not at all, and say which code made them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ast
 import os
 import platform
 import re
+import stat
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,11 +17,56 @@ from types import ModuleType
 
 
 @contextmanager
+def reading(path: str | os.PathLike, what: str = "") -> Iterator[None]:
+    """All that a parser may raise becomes a ValueError, "{path} is not {what}: …"; a FileNotFoundError stays one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a broken file can raise anything: RecursionError, MemoryError, cv2.error …
+        said = f" is not {what}: {error!r}" if what else f": {error if isinstance(error, ValueError) else repr(error)}"
+        raise ValueError(f"{path}{said:.1000}") from error
+
+
+def check_file(path: str | os.PathLike, limit: float = float("inf"), within: str | os.PathLike | None = None) -> Path:
+    """The path, if it is that of a regular file of at most `limit` bytes, inside the folder `within`.
+
+    Raises FileNotFoundError where there is none; ValueError naming it where it is a folder, a pipe or a device, is too
+    large, or leads out of the folder by `..` or by a link.
+    """
+    path = Path(path)
+    with reading(path, "a file that can be read"):
+        status, real = path.stat(), path.resolve(strict=True)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if within is not None and not real.is_relative_to(Path(within).resolve()):
+        raise ValueError(f"{path} leads out of {within}: only what is inside is read")
+    if status.st_size > limit:
+        raise ValueError(f"{path} has {status.st_size} bytes; more than {limit} are read only where limit= says so")
+    return path
+
+
+def read_bytes(path: str | os.PathLike, limit: int = 16 << 20, within: str | os.PathLike | None = None) -> bytes:
+    """The bytes of a file that `check_file` lets pass."""
+    with reading(path, "a file that can be read"), check_file(path, limit, within).open("rb") as file:
+        return file.read(limit)
+
+
+def read_toml(path: str | os.PathLike, limit: int = 1 << 20, within: str | os.PathLike | None = None) -> dict:
+    """What a TOML file holds; ValueError naming it where it is none, or nested too deep."""
+    data = read_bytes(path, limit, within)
+    with reading(path, "a TOML file"):
+        if max(line.count(b".") for line in data.split(b"\n")) > 64:  # tomllib's time is quadratic in a.b.c.d…
+            raise ValueError("a line has more than 64 dots")
+        return tomllib.loads(data.decode("utf-8-sig"))
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends without an exception.
 
-    A reader sees the old file or the new one, never a half.  The folder is made where it is missing; temporary files
-    that killed processes of this machine left in it are removed.
+    A reader sees the old file or the new one, never a half, also after a power cut.  The folder is made where it is
+    missing; temporary files that killed processes of this machine left in it are removed.
     """
     path, host = Path(path), platform.node()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +78,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file)
         os.chmod(name, 0o644)
         os.replace(name, path)
     finally:
@@ -38,6 +87,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere, to ask would be to kill
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -8,9 +8,12 @@ camera's centre: metres and translations are made of them here, at the door.  No
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral
@@ -19,8 +22,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from epiutils.cameras import Camera, crop_affine
+from epiutils.data.files import check_file, read_bytes, reading
 from epiutils.data.pickles import unpickle
 from epiutils.data.views import BONES, JOINTS, View, exact_detections
 
@@ -186,10 +191,10 @@ def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
         if missing := needed - record.keys() or ({"box"} - record.keys() and {"center", "scale"} - record.keys()):
             raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
         subject, action, subaction, image, v = found = [record[field] for field in numbers]
-        whole = all(isinstance(n, Integral) for n in found)
+        whole = all(isinstance(n, Integral) and 0 <= n < 1 << 31 for n in found)
         if not whole or not 2 <= action < 2 + len(_ACTIONS) or not 0 <= v < len(_CAMERAS):
             raise ValueError(
-                f"{where}: expected whole numbers, action 2 to 16, camera_id 0 to 3: {numbers} are {found}"
+                f"{where}: expected whole numbers, action 2 to 16, camera_id 0 to 3: {numbers} are {found!s:.200}"
             )
         yield Instant(int(subject), _ACTIONS[action - 2], int(subaction), int(image)), int(v), record
 
@@ -197,7 +202,7 @@ def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
 def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
     """The rows of the table, each as four records like the toolbox's, with a Camera and with keypoints in the world."""
     labels = unpickle(file)
-    try:
+    with reading(file, "the labels of learnable-triangulation-pytorch"):
         labels = labels[()]  # the dict in the array
         rows, names = labels["table"], list(labels["camera_names"])
         sequences = [(*name.rsplit("-", 1), name) for name in labels["action_names"]]
@@ -215,18 +220,16 @@ def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
                 image = f"processed/{subject}/{sequence}/imageSequence/{camera}/img_{frame + 1:06d}.jpg"
                 record = {"image": image, "box": boxes[row, v], "camera": cameras[s][v], "keypoints": rows[row]}
                 yield instant, v, record
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not the labels of learnable-triangulation-pytorch: {error!r}") from error
 
 
 def _numbers(where: str, record: dict | np.void, field: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A record's field as finite float64 of that shape; ValueError naming both where it is not."""
+    """A record's field as float64 of that shape, below 1e9; ValueError naming both where it is not."""
     try:
         value = np.asarray(record[field], dtype=np.float64).reshape(shape)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {field} must be numbers of shape {shape}: {error!r}") from error
-    if not np.isfinite(value).all():
-        raise ValueError(f"{where}: {field} has a number that is not finite")
+    except Exception as error:  # what a file holds can be anything
+        raise ValueError(f"{where}: {field} must be numbers of shape {shape}: {error!r:.500}") from error
+    if not (np.abs(value) < 1e9).all():
+        raise ValueError(f"{where}: {field} has a number that is not finite, or 1e9 or more")
     return value
 
 
@@ -318,20 +321,39 @@ def _check_bones(file: Path, X: np.ndarray) -> None:
 def _read_picture(root: Path, name: str) -> np.ndarray:
     """The picture, (1000, 1000, 3) RGB; where it has 1002 rows, the last two are cut off and K stays right."""
     try:
-        data = _archive(root, os.getpid()).read(name) if root.suffix == ".zip" else (root / name).read_bytes()
-    except (FileNotFoundError, KeyError) as error:
+        data = (
+            _unzipped(root, name)
+            if root.suffix == ".zip"
+            else read_bytes(root / name, within=root / Path(name).parts[0])
+        )
+    except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: no picture {name}") from error
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{root}, picture {name}: {error}") from error
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    if image is None or image.shape[0] not in (1000, 1002) or image.shape[1] != 1000:
-        got = "none" if image is None else f"{image.shape[1]}×{image.shape[0]}"
+    size = image = None
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):
+        size = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).size  # before there is room made for it
+    if size in ((1000, 1000), (1000, 1002)) and (data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") < 64):  # scans
+        with reading(f"{root}, {name}"):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        got = f"{size[0]}×{size[1]}" if size else "none"
         raise ValueError(f"{root}, {name}: expected a picture of 1000×1000 or 1000×1002 px, got {got}")
     return cv2.cvtColor(image[:1000], cv2.COLOR_BGR2RGB)
+
+
+def _unzipped(root: Path, name: str, limit: int = 16 << 20) -> bytes:
+    """A picture's file out of the zip."""
+    with reading(f"{root}, picture {name}"):
+        archive = _archive(root, os.getpid())
+        if name not in archive.NameToInfo:
+            raise FileNotFoundError
+        info = archive.getinfo(name)
+        if info.file_size > limit or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{info.file_size} bytes, compressed in way {info.compress_type}")
+        with archive.open(info) as file:
+            return file.read(limit)  # no more than that, whatever its size is said to be
 
 
 @lru_cache(maxsize=2)
 def _archive(path: Path, process: int) -> zipfile.ZipFile:
     """The zip, opened once a process: forked ones would move each other's place in the file."""
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(check_file(path))

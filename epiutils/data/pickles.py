@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
-from pathlib import Path
+import pickletools
+import re
 
 import numpy as np
+
+from epiutils.data.files import check_file, reading
 
 
 # A pickle calls what it names, and numpy's dtype believes the offsets and flags that a pickle states, with which any
 # memory can be read.  So these stand in for all that an array needs; dtypes are rebuilt with numpy's own checks.
 class _Dtype:
     def __init__(self, code: str, *_):
+        if not re.fullmatch(r"[<>=|]?[a-zA-Z]\d{0,9}", str(code)):
+            raise ValueError(f"no dtype is written as {code!r}")
         self.dtype = np.dtype(str(code))
 
     def __setstate__(self, state: tuple):
@@ -29,6 +36,8 @@ class _Dtype:
 class _Array(np.ndarray):
     def __setstate__(self, state: tuple):
         version, shape, dtype, fortran, data = state
+        if math.prod(shape) > len(data):  # of objects, numpy would make room for what the shape says
+            raise ValueError(f"an array of shape {shape} from {len(data)} bytes or objects")
         super().__setstate__((version, shape, dtype.dtype, fortran, data))
 
 
@@ -62,16 +71,113 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[f"{module}.{name}"]
 
 
-def unpickle(path: Path):
+# The opcodes that arrays and plain containers need.  What they take from the stack to make one object of it, or to put
+# it into the object below; "mark" is all above the last mark.
+_MAKE = {"EMPTY_LIST": 0, "EMPTY_DICT": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": "mark", "LIST": "mark",
+         "DICT": "mark", "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "OBJ": "mark", "INST": "mark"}  # fmt: skip
+_FILL = {"APPEND": 1, "SETITEM": 2, "APPENDS": "mark", "SETITEMS": "mark", "BUILD": 1}
+_PUSH = """GLOBAL NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING
+SHORT_BINSTRING UNICODE BINUNICODE BINUNICODE8 SHORT_BINUNICODE BINBYTES BINBYTES8 SHORT_BINBYTES BYTEARRAY8
+EMPTY_TUPLE""".split()
+_MEMO = ("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
+_COPY = ("REDUCE", "NEWOBJ", "OBJ", "INST", "BUILD")  # may copy what they take
+_KINDS = dict.fromkeys(_PUSH, "push") | dict.fromkeys(_MAKE, "make") | dict.fromkeys(_FILL, "fill")
+_KINDS |= {name: "get" if name.endswith("GET") else "put" for name in _MEMO}
+_KINDS |= {"MARK": "mark", "STOP": "stop", "PROTO": "skip", "FRAME": "skip"}
+_OPCODES = {  # for each its kind, its name, and pickletools' number of bytes that follow
+    ord(op.code): (_KINDS.get(op.name), op.name, op.arg.n if op.arg else 0) for op in pickletools.opcodes
+}
+_PREFIX = {-2: 1, -3: 4, -4: 4, -5: 8}  # negative ones: the bytes that tell how many follow
+_DEPTH = 50
+
+
+def _number(argument: bytes, size: int) -> int:
+    return int.from_bytes(argument, "little") if size > 0 else int(argument)
+
+
+def _check(data: bytes) -> None:
+    """Raise ValueError where a pickle is nested deeply, or would build far more than its size warrants.
+
+    It builds nothing but, for each object, the bytes of it and of all in it, each time that it is in it, since what is
+    shared a few times on each of many levels is huge to whoever reads it; containers are [bytes, depth, whether used].
+    """
+    most, built, copied, i = 32 * len(data) + (4 << 20), 0, 0, 0
+    stack, marks, memo = [], [], {}
+    while True:
+        kind, name, size = _OPCODES[data[i]]
+        start = end = i + 1
+        if size > 0:
+            end += size
+        elif size < -1:
+            start += _PREFIX[size]
+            end = start + int.from_bytes(data[i + 1 : start], "little")
+        elif size:
+            end = data.index(b"\n", start) + 1
+            if name in ("GLOBAL", "INST"):
+                end = data.index(b"\n", end) + 1
+        if kind == "push":
+            stack.append(32 + end - start)  # with the others of its kind at most 32 times what they take here
+        elif kind == "get":
+            one = memo[data[start] if size == 1 else _number(data[start:end], size)]
+            stack.append(one)
+            if one.__class__ is list:
+                one[2] = True
+        elif kind == "put":
+            number = _number(data[start:end], size) if size else len(memo)
+            if number > len(data):  # room is made for as many
+                raise ValueError(f"it remembers an object as number {number}")
+            memo[number] = stack[-1]
+            built += 96
+        elif kind == "mark":
+            marks.append(len(stack))
+        elif kind == "make" or kind == "fill":
+            count = _MAKE[name] if kind == "make" else _FILL[name]
+            at = marks.pop() if count == "mark" else len(stack) - count
+            parts, weight, depth = stack[at:], 0, 0
+            del stack[at:]
+            for one in parts:
+                if one.__class__ is list:
+                    one[2] = True
+                    weight += one[0]
+                    if one[1] > depth:
+                        depth = one[1]
+                else:
+                    weight += one
+            if kind == "make":
+                stack.append([0, 0, False])
+            into = stack[-1]
+            if into[2]:
+                raise ValueError("it changes an object that it has used")
+            into[0] += 32 + weight
+            if depth >= into[1]:
+                into[1] = depth + 1
+            built += 96 if count else 160
+            copied += weight if name in _COPY else 0
+            if max(into[0], copied) > most or into[1] > _DEPTH:
+                raise ValueError(f"it is nested more than {_DEPTH} deep, or more than {most} bytes")
+        elif kind == "stop":
+            return
+        elif kind != "skip":
+            raise ValueError(f"arrays and plain containers need no {name}")
+        if end > len(data) or built > most:
+            raise ValueError(f"its end is missing, or it is more than {most} bytes")
+        i = end
+
+
+def unpickle(path: str | os.PathLike, limit: int = 16 << 30):
     """What a pickle or a .npy file of one object holds: numpy arrays, numbers, text, lists, tuples and dicts.
 
-    Raises ValueError, naming the file, for all else.
+    limit: most bytes of the file.  One of up to 64 MB is refused before anything is built where that would be nested
+    more than 50 deep, or take more than 4 MB and 32 times its bytes; for larger ones, looking first would take minutes.
+    Raises ValueError, naming the file, for all else than the above; FileNotFoundError where it is missing.
     """
-    with path.open("rb") as stream:
-        try:
-            if path.suffix == ".npy":  # a header with its length, then a pickle
-                version = np.lib.format.read_magic(stream)
-                stream.read(int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little"))
-            return _Unpickler(stream, encoding="latin1").load()  # as Python 2 wrote arrays
-        except Exception as error:  # a broken pickle can raise anything
-            raise ValueError(f"{path} is not a pickle of arrays and plain containers: {error!r}") from error
+    path = check_file(path, limit)
+    with reading(path, "a pickle of arrays and plain containers"), path.open("rb") as stream:
+        if path.suffix == ".npy":  # a header with its length, then a pickle
+            version = np.lib.format.read_magic(stream)
+            stream.seek(int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little"), os.SEEK_CUR)
+        start = stream.tell()
+        if path.stat().st_size <= 64 << 20:
+            _check(stream.read())
+            stream.seek(start)
+        return _Unpickler(stream, encoding="latin1").load()  # as Python 2 wrote arrays

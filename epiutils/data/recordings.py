@@ -26,6 +26,7 @@ from torch import Tensor
 
 from epiutils.cameras import Camera
 from epiutils.data.calibration import read_calib
+from epiutils.data.files import check_file, read_bytes, reading
 from epiutils.data.views import Predicted, View, heatmap_fundamentals
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
@@ -118,7 +119,8 @@ class Recording:
             if video is None:
                 image = np.full((*camera.size[::-1], 3), 128, np.uint8)
             else:
-                image = _fit(_picture(video, frame - self.video_start, video.stat().st_mtime_ns), camera.size)
+                modified = check_file(video, within=self.path).stat().st_mtime_ns
+                image = _fit(_picture(video, frame - self.video_start, modified), camera.size)
             views.append(self._crop(v, t, image, size, undistort))
         return views
 
@@ -126,10 +128,8 @@ class Recording:
         """The crop of a camera's picture to the person of an instant; camera and joints are right for any picture."""
         joints = self.detections[v, t]
         view = View(image, self.cameras[v], joints[:, :2], np.minimum(joints[:, 2], 1))
-        try:
+        with reading(f"{self.path}: frame {self.frames[t]}"):
             return (view.undistorted() if undistort else view).crop_to_person(size)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: frame {self.frames[t]}: {error}") from error
 
 
 def heatmaps(view: View | tuple, shape: tuple[int, int] = (64, 64), sigma: float = 2.0) -> Tensor:
@@ -203,16 +203,18 @@ def _shifted(camera: Camera, shift: np.ndarray) -> Camera:
 
 
 def read_recording(
-    path: str | os.PathLike, model: str = "auto", person: str | int = "largest", video_start: int = 0
-) -> Recording:
+    path: str | os.PathLike, model: str = "auto", person: str | int = "largest", video_start: int = 0,
+    limit: int = 16 << 20,
+) -> Recording:  # fmt: skip
     """Read a recording's calibration and detections; pictures are read later, by `Recording.views`.
 
     model: "BODY_25B", "BODY_25", "COCO", or "auto": by the number of keypoints, and of
     BODY_25B and BODY_25 the one in whose order a body's bones are short.  person: who is kept where a file has several:
     "largest" (the longer side of the box around the detected joints), "confident" (the largest sum of confidences),
     or a place in the file from 0.  Each file is judged on its own: nobody is followed over time or matched between
-    views; a warning names the frames with several.  Raises FileNotFoundError where the folder is missing,
-    ValueError naming the file or the cameras for all else that is wrong.
+    views; a warning names the frames with several.  limit: most bytes of a JSON file.
+    Raises FileNotFoundError where the folder is missing, ValueError naming the file or the cameras for all else that is
+    wrong, files that lead out of the folder included.
     """
     path = Path(path)
     if not path.is_dir():
@@ -224,7 +226,7 @@ def read_recording(
     found = sorted({*path.glob("[Cc]alib*.toml"), *path.glob("[Cc]alibration/[Cc]alib*.toml")})
     if len(found) != 1:
         raise ValueError(f"{path}: expected one Calib*.toml here or in calibration/, found {list(map(str, found))}")
-    cameras = read_calib(found[0])
+    cameras = read_calib(check_file(found[0], within=path))
     names = [camera.name for camera in cameras]
     below = path / "pose" if (path / "pose").is_dir() else path
     folders, strays = _match(names, [f for f in below.iterdir() if any(f.glob("*.json"))])
@@ -249,7 +251,10 @@ def read_recording(
             f"{path}: videos of no calibrated camera: {strays}; cameras without a video: {bare}", stacklevel=2
         )
 
-    files = [{number: _read_people(file) for number, file in _numbered(folder).items()} for folder in folders]
+    files = [
+        {number: _read_people(file, limit=limit, within=path) for number, file in _numbered(folder).items()}
+        for folder in folders
+    ]
     counts, everybody = {}, []  # counts: keypoints → where they were first seen
     for folder, frames in zip(folders, files, strict=True):
         for number, people in frames.items():
@@ -308,20 +313,18 @@ def _guess_model(people: np.ndarray) -> str:
     return short
 
 
-def _read_people(file: Path) -> list[np.ndarray]:
+def _read_people(file: Path, **bounds) -> list[np.ndarray]:
     """The file's people (J, 3), nan, nan, 0 where a joint is undetected; those without any joint are left out."""
-    try:
-        people = json.loads(file.read_bytes())["people"]
-        people = [np.asarray(person["pose_keypoints_2d"], dtype=np.float64) for person in people]
-    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{file} is not OpenPose's people: [pose_keypoints_2d: [x, y, c …]]: {error!r}") from error
+    data = read_bytes(file, **bounds)
+    with reading(file, "OpenPose's people: [pose_keypoints_2d: [x, y, c …]]"):
+        people = [np.asarray(person["pose_keypoints_2d"], dtype=np.float64) for person in json.loads(data)["people"]]
     kept = []
     for i, person in enumerate(people):
         if person.ndim != 1 or person.size % 3:
             raise ValueError(f"{file}: person {i}: expected 3 numbers a keypoint, got shape {person.shape}")
         person = person.reshape(-1, 3)
-        if not np.isfinite(person).all() or (person[:, 2] < 0).any():
-            raise ValueError(f"{file}: person {i}: a number is not finite or a confidence is negative")
+        if not (np.abs(person) < 1e6).all() or (person[:, 2] < 0).any():
+            raise ValueError(f"{file}: person {i}: a number is not finite, a million or more, or a negative confidence")
         if (person[:, 2] > 0).any():
             kept.append(np.where(person[:, 2:] > 0, person, (np.nan, np.nan, 0)))
     return kept
@@ -334,6 +337,8 @@ def _numbered(folder: Path) -> dict[int, Path]:
         digits = re.findall(r"\d+", file.stem)
         if not digits:
             raise ValueError(f"{file}: no frame number in the name")
+        if len(digits[-1]) > 15:
+            raise ValueError(f"{file}: no frame has a number of {len(digits[-1])} digits")
         if (other := files.setdefault(int(digits[-1]), file)) is not file:
             raise ValueError(f"{folder}: {other.name} and {file.name} are both frame {int(digits[-1])}")
     return files
@@ -365,15 +370,17 @@ def _choose(people: list[np.ndarray], person: str | int) -> int:
 @lru_cache(maxsize=8)  # 50 MB of full HD
 def _picture(video: Path, index: int, modified: int) -> np.ndarray:
     """A video's picture number `index` from 0, (H, W, 3) RGB, the very one that decoding from the start would give."""
-    capture = cv2.VideoCapture(str(video))
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-    if index >= 0 and int(capture.get(cv2.CAP_PROP_POS_FRAMES)) != index:  # no seeking in this one
-        capture.open(str(video))
-        for _ in range(index):
-            capture.grab()
-    ok, image = capture.read() if index >= 0 else (False, None)
-    capture.release()
+    with reading(video, "a video"):
+        capture = cv2.VideoCapture(str(video))
+        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        if capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) > 1 << 26:
+            raise ValueError("pictures of over 67 million px")
+        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        if index >= 0 and int(capture.get(cv2.CAP_PROP_POS_FRAMES)) != index:  # no seeking in this one
+            capture.open(str(video))
+            all(capture.grab() for _ in range(index))  # up to the end
+        ok, image = capture.read() if index >= 0 else (False, None)
+        capture.release()
     if not ok:
         raise ValueError(f"{video}: no picture {index}, counted from 0: OpenCV finds {count} in it")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
