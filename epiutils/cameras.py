@@ -15,7 +15,8 @@ class Camera:
     """A pinhole camera with lens distortion: x ~ K · distort(R X + t) (H&Z 6.1, 7.4).
 
     K: (3, 3) intrinsics in pixels.  R: (3, 3) rotation and t: (3,) translation in metres, world to
-    camera, on OpenCV's axes (x right, y down, z forward).  distortion: (k1, k2, p1, p2[, k3]).
+    camera, on OpenCV's axes (x right, y down, z forward).  distortion: (k1, k2, p1, p2[, k3[, k4, k5, k6]]), or with
+    fisheye (k1, k2, k3, k4) of OpenCV's fisheye model.
     size: (width, height) in pixels.  The arrays are read-only float64 copies.
     Raises ValueError, naming the camera and the field, where one of them cannot be a camera's.
     """
@@ -26,6 +27,7 @@ class Camera:
     distortion: np.ndarray = (0.0, 0.0, 0.0, 0.0, 0.0)
     size: tuple[int, int] = (256, 256)
     name: str = "camera"
+    fisheye: bool = False
 
     def __post_init__(self):
         K = self._array("K", (3, 3))
@@ -36,13 +38,18 @@ class Camera:
             raise ValueError(f"{self.name}: R is not a rotation (R Rᵀ = I, det R = 1), got\n{R}")
         self._array("t", (3,))
         coefficients = np.ravel(np.asarray(self.distortion, dtype=float))
-        if coefficients.size not in (0, 4, 5):
+        if coefficients.size == 5 and self.fisheye and not coefficients[4]:
+            coefficients = coefficients[:4]
+        if coefficients.size not in ((0, 4) if self.fisheye else (0, 4, 5, 8)):
+            needs = "k1 k2 k3 k4 of a fisheye lens" if self.fisheye else "k1 k2 p1 p2 [k3 [k4 k5 k6]]"
             raise ValueError(
-                f"{self.name}: distortion needs k1 k2 p1 p2 [k3], got {coefficients.size} numbers: "
-                "rational, thin-prism and fisheye lenses are not supported"
+                f"{self.name}: distortion needs {needs}, got {coefficients.size} numbers: "
+                "thin-prism and tilted lenses are not supported"
             )
-        object.__setattr__(self, "distortion", np.pad(coefficients, (0, 5 - coefficients.size)))
-        self._array("distortion", (5,))
+        number = 4 if self.fisheye else max(5, coefficients.size)
+        object.__setattr__(self, "distortion", np.pad(coefficients, (0, number - coefficients.size)))
+        self._array("distortion", (number,))
+        object.__setattr__(self, "fisheye", bool(self.fisheye))
         width, height = (int(v) for v in self.size)
         if width <= 0 or height <= 0:
             raise ValueError(f"{self.name}: size must be (width, height) in pixels, both positive, got {self.size}")
@@ -88,10 +95,12 @@ class Camera:
         distorted = (points - self.K[:2, 2]) @ np.linalg.inv(self.K[:2, :2]).T
         x = distorted
         with np.errstate(all="ignore"):
-            for _ in range(50 if self.distortion.any() else 0):  # Newton's method, distort(x) = distorted
+            for _ in range(50 if self.bends else 0):  # Newton's method, distort(x) = distorted
                 (uu, uv, vv), error = self._distortion_jacobian(x), distorted - self._distort(x)
                 step = [vv * error[..., 0] - uv * error[..., 1], uu * error[..., 1] - uv * error[..., 0]]
-                x = x + np.stack(step, -1) / (uu * vv - uv * uv)[..., None]
+                before, x = x, x + np.stack(step, -1) / (uu * vv - uv * uv)[..., None]
+                if not (np.abs(x - before) > 1e-15 * (1 + np.abs(x))).any():
+                    break
             exact = np.abs(self._distort(x) - distorted).max(-1) < 1e-9
             # Beyond the circle where the lens folds the picture over, other solutions are not what it shows.
             uu, uv, vv = self._distortion_jacobian(x)
@@ -99,9 +108,14 @@ class Camera:
             found = (exact & this_side)[..., None]
         return self._pixels(np.where(found, x, np.nan))
 
+    @property
+    def bends(self) -> bool:
+        """Whether the lens bends straight lines; a fisheye lens does with all its coefficients 0."""
+        return self.fisheye or bool(self.distortion.any())
+
     def without_distortion(self) -> Camera:
         """The camera that takes the undistorted picture: the same K, R, t and no distortion."""
-        return replace(self, distortion=np.zeros(5))
+        return replace(self, distortion=np.zeros(5), fisheye=False)
 
     def crop(self, A: np.ndarray, size: tuple[int, int]) -> Camera:
         """The camera of the picture cropped, scaled or rotated by x_new = A x: its intrinsics are A K.
@@ -114,11 +128,11 @@ class Camera:
         return replace(self, K=A @ self.K, size=size)
 
     def _distort(self, x: np.ndarray) -> np.ndarray:
-        """OpenCV's radial and tangential model (H&Z 7.4) on normalised coordinates (..., 2)."""
-        k1, k2, p1, p2, k3 = self.distortion
+        """OpenCV's radial and tangential model (H&Z 7.4), or its fisheye model, on normalised coordinates (..., 2)."""
         u, v = x[..., 0], x[..., 1]
         r2 = u * u + v * v
-        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+        radial, _ = self._radial(r2)
+        p1, p2 = (0.0, 0.0) if self.fisheye else self.distortion[2:4]
         return np.stack(
             [
                 u * radial + 2 * p1 * u * v + p2 * (r2 + 2 * u * u),
@@ -129,15 +143,34 @@ class Camera:
 
     def _distortion_jacobian(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Derivative of `_distort`, a symmetric matrix [[uu, uv], [uv, vv]], each (...)."""
-        k1, k2, p1, p2, k3 = self.distortion
         u, v = x[..., 0], x[..., 1]
-        r2 = u * u + v * v
-        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
-        slope = 2 * (k1 + r2 * (2 * k2 + r2 * 3 * k3))  # of radial, times u or v
+        radial, slope = self._radial(u * u + v * v)
+        slope = 2 * slope  # of radial, times u or v
+        p1, p2 = (0.0, 0.0) if self.fisheye else self.distortion[2:4]
         uu = radial + u * u * slope + 2 * p1 * v + 6 * p2 * u
         uv = u * v * slope + 2 * p1 * u + 2 * p2 * v
         vv = radial + v * v * slope + 6 * p1 * v + 2 * p2 * u
         return uu, uv, vv
+
+    def _radial(self, r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The factor by which the lens moves points at a squared distance r2 from the axis, and its derivative by r2."""
+        if self.fisheye:  # θ (1 + k1 θ² + … + k4 θ⁸) / r with r = tan θ
+            k1, k2, k3, k4 = self.distortion
+            r = np.sqrt(r2)
+            ratio = np.where(r2 > 1e-12, np.arctan(r) / np.where(r2 > 1e-12, r, 1), 1 - r2 / 3)  # θ / r
+            of_ratio = np.where(r2 > 1e-8, (1 / (1 + r2) - ratio) / (2 * np.where(r2 > 1e-8, r2, 1)), -1 / 3)
+            t2 = ratio * ratio * r2  # θ²
+            bent = 1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4)))
+            of_bent = k1 + t2 * (2 * k2 + t2 * (3 * k3 + t2 * 4 * k4))  # by θ², and dθ²/dr2 = (θ / r) / (1 + r²)
+            return ratio * bent, of_ratio * bent + ratio * of_bent * ratio / (1 + r2)
+        k1, k2, _, _, k3 = self.distortion[:5]
+        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+        slope = k1 + r2 * (2 * k2 + r2 * 3 * k3)
+        if self.distortion.size == 5:
+            return radial, slope
+        k4, k5, k6 = self.distortion[5:]
+        below = 1 + r2 * (k4 + r2 * (k5 + r2 * k6))
+        return radial / below, (slope - radial / below * (k4 + r2 * (2 * k5 + r2 * 3 * k6))) / below
 
     def _pixels(self, x: np.ndarray) -> np.ndarray:
         """K (x, 1) of normalised coordinates (..., 2)."""

@@ -27,15 +27,27 @@ def plain(**changes):
 
 
 def opencv_pixels(camera, X):
-    pixels, _ = cv2.projectPoints(X, cv2.Rodrigues(camera.R)[0], camera.t, camera.K, camera.distortion)
+    project = cv2.fisheye.projectPoints if camera.fisheye else cv2.projectPoints
+    pixels, _ = project(X[:, None], cv2.Rodrigues(camera.R)[0], camera.t, camera.K, camera.distortion)
     return pixels[:, 0]
 
 
-@pytest.mark.parametrize("distortion", [(), (-0.1, 0.05, 1e-3, 2e-3), LENS], ids=["none", "four", "five"])
+LENSES = {  # coefficients, and whether of OpenCV's fisheye model
+    "none": ((), False),
+    "four": ((-0.1, 0.05, 1e-3, 2e-3), False),
+    "five": (LENS, False),
+    "eight": ((*LENS, 0.03, -0.02, 0.01), False),
+    "fisheye": ((-0.05, 0.02, -4e-3, 1e-3), True),
+    "fisheye without coefficients": ((), True),
+}
+
+
+@pytest.mark.parametrize("lens", LENSES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_projection_is_opencvs(seed, distortion):
-    X = world_points(seed)
-    for camera in camera_pair(seed, distortion):
+def test_projection_is_opencvs(seed, lens):
+    X, (distortion, fisheye) = world_points(seed), LENSES[lens]
+    for camera in camera_pair(seed):
+        camera = replace(camera, distortion=distortion, fisheye=fisheye)
         np.testing.assert_allclose(camera.project(X), opencv_pixels(camera, X), atol=1e-9)
 
 
@@ -73,16 +85,28 @@ def test_projection_keeps_leading_dimensions():
     )
 
 
+@pytest.mark.parametrize("lens", ["five", "eight", "fisheye", "fisheye without coefficients"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_undistort_takes_recorded_pixels_to_the_undistorted_cameras(seed):
-    X = world_points(seed)
-    for camera in camera_pair(seed, LENS):
+def test_undistort_takes_recorded_pixels_to_the_undistorted_cameras(seed, lens):
+    X, (distortion, fisheye) = world_points(seed), LENSES[lens]
+    for camera in camera_pair(seed):
+        camera = replace(camera, distortion=distortion, fisheye=fisheye)
         recorded, straight = camera.project(X), camera.without_distortion().project(X)
+        assert camera.bends and not camera.without_distortion().bends
         assert np.abs(recorded - straight).max() > 0.5, "a lens that does nothing tests nothing"
         np.testing.assert_allclose(camera.undistort(recorded), straight, atol=1e-6)
         criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 200, 1e-14)
-        opencv = cv2.undistortPoints(recorded, camera.K, camera.distortion, None, None, camera.K, criteria)[:, 0]
-        np.testing.assert_allclose(camera.undistort(recorded), opencv, atol=1e-6)
+        undistort = cv2.fisheye.undistortPoints if fisheye else cv2.undistortPoints
+        options = (camera.K,) if fisheye else (camera.K, criteria)
+        opencv = undistort(recorded[:, None], camera.K, camera.distortion, None, None, *options)[:, 0]
+        np.testing.assert_allclose(camera.undistort(recorded), opencv, atol=1e-4 if fisheye else 1e-6)
+
+
+@pytest.mark.parametrize("angle", [1.2, 1.5, 1.56])
+def test_a_fisheye_lens_is_undone_far_from_its_axis(angle):
+    X = np.array([[3 * np.tan(angle), 0, 0]])
+    camera = plain(distortion=(-0.05, 0.02, -4e-3, 1e-3), fisheye=True)
+    np.testing.assert_allclose(camera.undistort(camera.project(X)), camera.without_distortion().project(X), rtol=1e-6)
 
 
 BARREL = (-0.3, 0, 0, 0)  # r − 0.3 r³ grows up to r = 1.054, where it is 0.7027
@@ -145,7 +169,8 @@ BAD_FIELDS = {
     "R must hold": {"R": np.full((3, 3), np.nan)},
     "t must hold": {"t": (1, 2)},
     "t must hold .*inf": {"t": (1, 2, np.inf)},
-    "distortion needs": {"distortion": np.zeros(8)},
+    "distortion needs k1 k2 p1": {"distortion": np.zeros(12)},
+    "distortion needs k1 k2 k3 k4 of a fisheye": {"distortion": np.ones(5), "fisheye": True},
     "distortion must hold": {"distortion": (np.nan, 0, 0, 0)},
     "size must be": {"size": (0, 240)},
 }

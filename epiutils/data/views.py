@@ -62,11 +62,13 @@ class View:
     def undistorted(self) -> View:
         """The view without lens distortion, in which epipolar lines are straight."""
         camera = self.camera.without_distortion()
-        if not self.camera.distortion.any():
+        if not self.camera.bends:
             return self
+        K, lens = self.camera.K, self.camera.distortion
+        straight = cv2.fisheye.undistortImage if self.camera.fisheye else cv2.undistort
         return replace(
             self,
-            image=cv2.undistort(self.image, self.camera.K, self.camera.distortion),
+            image=straight(self.image, K, lens, None, K),
             camera=camera,
             joints=self.camera.undistort(self.joints),
         )
