@@ -243,10 +243,13 @@ def test_a_crop_of_a_view_moves_picture_joints_and_camera_together(A):
         np.testing.assert_allclose(centroid(view.image, joint), joint, atol=0.3)
 
 
-def test_undistorting_a_view_moves_picture_joints_and_camera_together():
-    bent = dotted_view(CAMERA, DOTS)
+@pytest.mark.parametrize("lens", ["five", "eight", "fisheye", "fisheye without coefficients"])
+def test_undistorting_a_view_moves_picture_joints_and_camera_together(lens):
+    distortion, fisheye = LENSES[lens] if "fisheye" in lens else (CAMERA.distortion, False)
+    distortion = (*distortion, 0.2, -0.1, 0.05) if lens == "eight" else distortion
+    bent = dotted_view(replace(CAMERA, distortion=distortion, fisheye=fisheye), DOTS)
     view = bent.undistorted()
-    assert not view.camera.distortion.any()
+    assert not view.camera.bends and not view.camera.fisheye
     np.testing.assert_allclose(view.joints, view.camera.project(DOTS), atol=1e-5)
     assert np.abs(view.joints - bent.joints).max() > 1.5
     for joint in view.joints:

@@ -101,7 +101,7 @@ def cast(solids: Sequence[Solid], camera: Camera) -> tuple[np.ndarray, np.ndarra
     Returns depth (H, W) float32, metres along the optical axis, inf where there is nothing, and index (H, W) int16
     of the solid, −1 where there is none.  Raises ValueError for a camera with lens distortion.
     """
-    if camera.bends:
+    if camera.distortion.any():
         raise ValueError(f"{camera.name}: rays are cast without lens distortion; use camera.without_distortion()")
     width, height = camera.size
     depth, index = np.full((height, width), np.inf, np.float32), np.full((height, width), -1, np.int16)
