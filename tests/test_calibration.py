@@ -14,16 +14,20 @@ from rigs import LENS, camera_pair
 from epiutils.data.calibration import read_calib, write_calib
 
 REAL = Path(__file__).parents[2] / "shared" / "recordings" / "balancing" / "calibration" / "Calib.toml"
+QUALISYS = REAL.parents[2] / "second_person" / "calibration" / "Calib.qca.txt"
 
 
-@pytest.mark.parametrize("distortion", [(), (-0.1, 0.05, 1e-3, 2e-3), LENS], ids=["none", "four", "five"])
+@pytest.mark.parametrize(
+    "distortion", [(), (-0.1, 0.05, 1e-3, 2e-3), LENS, (*LENS, 0.1, 0.02, 3e-3)], ids=["none", "four", "five", "eight"]
+)
 def test_a_rig_file_comes_back_as_it_was_written(tmp_path, distortion):
-    cameras = camera_pair(1, distortion) + [replace(camera_pair(2)[0], name="third camera.é")]
+    fish = replace(camera_pair(2)[0], name="third camera.é", distortion=(0.1, 0.02, 3e-3, 4e-4), fisheye=True)
+    cameras = [*camera_pair(1, distortion), fish]
     write_calib(tmp_path / "Calib.toml", cameras)
     back = read_calib(tmp_path / "Calib.toml")
     assert [c.name for c in back] == ["src", "ref", "third camera.é"]
     for old, new in zip(cameras, back, strict=True):
-        assert new.size == old.size
+        assert new.size == old.size and new.fisheye == old.fisheye
         for field in ("K", "t", "distortion"):
             np.testing.assert_array_equal(getattr(new, field), getattr(old, field))
         np.testing.assert_allclose(new.R, old.R, atol=1e-14)
@@ -73,11 +77,12 @@ BAD_FILES = {
     r"table \[cam\]: missing distortions, matrix": {
         k: v for k, v in TABLE.items() if k not in ("matrix", "distortions")
     },
-    r"table \[cam\]: fisheye": TABLE | {"fisheye": True},
+    r"table \[cam\]: a: distortion needs k1 k2 k3 k4 of a fisheye": TABLE | {"fisheye": True, "distortions": 5 * [0.1]},
+    r"table \[cam\]: a: R is not a rotation": TABLE | {"rotation": [[1.0, 0, 0], [0, 1, 0], [0, 0, -1]]},
     r"table \[cam\]: .*reshape": TABLE | {"rotation": [1.0, 2.0]},
     r"table \[cam\]: a: t must hold": TABLE | {"translation": [1.0, 2.0]},
     r"table \[cam\]: a: K must hold": TABLE | {"matrix": [[1.0]]},
-    r"table \[cam\]: a: distortion needs": TABLE | {"distortions": [0.0] * 8},
+    r"table \[cam\]: a: distortion needs": TABLE | {"distortions": [0.0] * 12},
     r"table \[cam\]: .*size|table \[cam\]: .*values": TABLE | {"size": [1.0]},
     r"table \[cam\]: could not convert": TABLE | {"translation": ["x", "y", "z"]},
 }
@@ -103,6 +108,120 @@ def test_a_camera_without_a_name_takes_its_tables_and_metadata_is_no_camera(tmp_
     (camera,) = read_calib(tmp_path / "Calib.toml")
     assert camera.name == "cam_7"
     np.testing.assert_allclose(camera.R, cv2.Rodrigues(np.array([0.1, 0.2, 0.3]))[0], atol=1e-12)
+
+
+def project(table, X):
+    """What OpenCV makes of a table of a rig file."""
+    lens = np.array(table["matrix"], float), np.array(table["distortions"], float)
+    outside = np.array(table["rotation"], float), np.array(table["translation"], float)
+    model = cv2.fisheye.projectPoints if table.get("fisheye") else cv2.projectPoints
+    return model(X[:, None], *outside, *lens)[0][:, 0]
+
+
+LENSES = {
+    "four": {"distortions": [-0.1, 0.05, 1e-3, 2e-3]},
+    "five": {"distortions": [-0.1, 0.05, 1e-3, 2e-3, 0.02]},
+    "eight": {"distortions": [-0.1, 0.05, 1e-3, 2e-3, 0.02, 0.03, -0.01, 5e-3]},
+    "fisheye": {"distortions": [-0.05, 0.02, -4e-3, 1e-3], "fisheye": True},
+    "nested": {"distortions": [[-0.1, 0.05, 1e-3, 2e-3]], "translation": [[0.0], [0.0], [3.0]]},
+}
+X = np.random.default_rng(0).uniform((-0.6, -0.4, 0.5), (0.6, 0.4, 2), (20, 3))
+
+
+@pytest.mark.parametrize("program", ["pose2sim", "anipose", "caliscope"])
+@pytest.mark.parametrize("lens", LENSES)
+def test_rig_files_of_several_programs_are_read_as_opencv_understands_them(tmp_path, lens, program):
+    table = TABLE | LENSES[lens]
+    R = cv2.Rodrigues(np.array(table["rotation"]))[0].round(8)
+    written = {
+        "pose2sim": {"cam": table, "metadata": {"adjusted": False, "error": 0.0}},
+        "anipose": {"cam": table, "metadata": {}, "charuco": {"columns": 4, "square_size_mm": 30.0}, "fps": 30.0},
+        "caliscope": {
+            "CreationDate": "2024-01-01",
+            "cameras": {
+                "0": table | {"cam_id": 0, "rotation_count": 1, "rotation": R.tolist(), "ignore": False},
+                "1": {"cam_id": 1, "ignore": True, "size": [320, 240]},
+            },
+        },
+    }[program]
+    text = tomli_w.dumps(written)
+    for prefix in ("", "\ufeff"):  # as Windows' editors begin a file
+        (tmp_path / "Calib.toml").write_text(prefix + text, encoding="utf-8")
+        (camera,) = read_calib(tmp_path / "Calib.toml")
+        seen = project({**table, "translation": np.ravel(table["translation"])}, X)
+        np.testing.assert_allclose(camera.project(X), seen, atol=1e-5 if program == "caliscope" else 1e-9)
+
+
+def test_a_rig_in_the_boards_unit_is_read_in_metres(tmp_path):
+    table = TABLE | {"translation": [10.0, -20.0, 3000.0]}
+    (tmp_path / "Calib.toml").write_text(tomli_w.dumps({"cam": table}))
+    for unit, t in {"m": (10, -20, 3000), "mm": (0.01, -0.02, 3), "cm": (0.1, -0.2, 30)}.items():
+        np.testing.assert_allclose(read_calib(tmp_path / "Calib.toml", unit=unit)[0].t, t)
+    with pytest.raises(ValueError, match="unit must be one of m, cm, mm, got 'feet'"):
+        read_calib(tmp_path / "Calib.toml", unit="feet")
+
+
+def qualisys(cameras, first="", **changes):
+    """Cameras as Qualisys writes them, with some attributes changed."""
+    lines = ["<?xml version='1.0' encoding='ASCII'?>", "<calibration>", "<cameras>", first]
+    for camera in cameras:
+        k, M = camera.distortion, np.diag([1, -1, -1]) @ camera.R
+        values = {f"r{i}{j}": M[i - 1, j - 1] for i in (1, 2, 3) for j in (1, 2, 3)}
+        values |= dict(zip("xyz", 1000 * camera.C, strict=True))
+        inside = {"focalLengthU": camera.K[0, 0], "focalLengthV": camera.K[1, 1], "radialDistortion1": k[0]}
+        inside |= {"radialDistortion2": k[1], "tangentalDistortion1": k[2], "tangentalDistortion2": k[3]}
+        inside |= {"centerPointU": camera.K[0, 2] + 8, "centerPointV": camera.K[1, 2] + 4}
+        field = {"left": 8, "top": 4, "right": camera.size[0] + 7, "bottom": camera.size[1] + 3}
+        parts = {"fov_video": field, "transform": values, "intrinsic": {k: 64 * v for k, v in inside.items()}}
+        lines.append(f'<camera serial="{camera.name}" model="Miqus Video">')
+        for part, known in parts.items():
+            known = {k: repr(float(v)) for k, v in known.items()} | changes
+            lines.append(f"<{part} " + " ".join(f'{k}="{v}"' for k, v in known.items() if v is not None) + "/>")
+        lines.append("</camera>")
+    return "\n".join([*lines, "</cameras>", "</calibration>"])
+
+
+def test_qualisys_rig_is_read_with_its_units_axes_and_window(tmp_path):
+    cameras = [replace(c, name=n) for c, n in zip(camera_pair(3, (-0.1, 0.05, 1e-3, 2e-3)), ("10", "9"), strict=True)]
+    marker = '<camera serial="1" model="Miqus M3"><transform/></camera>'
+    (tmp_path / "Calib.qca.txt").write_text(qualisys(cameras, marker))
+    back = read_calib(tmp_path / "Calib.qca.txt")
+    assert [camera.name for camera in back] == ["9", "10"]  # as Pose2Sim orders them
+    for old, new in zip(cameras[::-1], back, strict=True):
+        assert new.size == old.size
+        for field in ("K", "R", "t", "distortion"):
+            np.testing.assert_allclose(getattr(new, field), getattr(old, field), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"focalLengthU": None}, r"camera src: KeyError\('focalLengthU'\)"),
+        ({"focalLengthU": "much"}, r"camera src: src: K must hold .* finite"),
+        ({"r11": "7"}, "camera src: src: R is not a rotation"),
+        ({"right": "1e9"}, "camera src: size 999999993"),
+        ({"bottom": ""}, "camera src: .*NaN"),
+    ],
+)
+def test_a_bad_qualisys_rig_is_refused_by_file_camera_and_key(tmp_path, change, message):
+    (tmp_path / "Calib.qca.txt").write_text(qualisys(camera_pair(3), **change))
+    with pytest.raises(ValueError, match=f"(?s)Calib.qca.txt, {message}"):
+        read_calib(tmp_path / "Calib.qca.txt")
+
+
+@pytest.mark.parametrize("text", ["", "K 1 0 0", "<calibration>", '<!DOCTYPE a [<!ENTITY b "b">]><calibration/>'])
+def test_what_is_no_qualisys_rig_is_refused_by_file(tmp_path, text):
+    (tmp_path / "Calib.qca.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"Calib.qca.txt is not a .*Qualisys"):
+        read_calib(tmp_path / "Calib.qca.txt")
+
+
+@pytest.mark.skipif(not QUALISYS.exists(), reason=f"the recording is not here: {QUALISYS}")
+def test_the_real_qualisys_rig_is_the_one_that_was_converted():
+    for camera, same in zip(read_calib(QUALISYS), read_calib(REAL), strict=True):
+        assert camera.name == same.name and camera.size == same.size
+        for field in ("K", "R", "t", "distortion"):
+            np.testing.assert_allclose(getattr(camera, field), getattr(same, field), atol=1e-12)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the recording is not here: {REAL}")
