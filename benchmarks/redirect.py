@@ -1,18 +1,22 @@
 """How fast the redirection operator is, measured against the alternatives side by side in one run.
 
-    python benchmarks/redirect.py
+    python benchmarks/redirect.py --json data/results/redirect.json
 
-prints a table and records its numbers for the report.  Each comparison runs its candidates in turn, round after
+prints a table; `studies.runs.measured("redirect")` reads what is written.  Each comparison runs its candidates in turn, round after
 round, and quotes medians over the rounds: the machine may be busy, but it is equally busy for all of them.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +24,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from epiutils.data import people
+from epiutils.data.files import replacing
 from epiutils.data.views import heatmap_fundamentals
 from epiutils.epipolar import transfer
 from epiutils.heatmaps import render
+from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil, redirect
-from epiutils.report.record import record
 
 THRESHOLD = 1.0
 LOOP_ROWS = 4  # reference rows that the nested loops really visit; their cost is proportional to the rows
@@ -155,62 +160,67 @@ def all_pairs(batch: int = 8, rounds: int = 3) -> dict[str, float]:
     return measure(
         {
             "set-up of 96 F": lambda: Pencil.from_fundamental(F, (64, 64), THRESHOLD),
-            "sum, forward": lambda: pencil.sum(values),
-            "sum, forward and backward": lambda: pencil.sum(values).sum().backward(),
+            "sum forward": lambda: pencil.sum(values),
+            "sum forward and backward": lambda: pencil.sum(values).sum().backward(),
         },
         rounds,
     )
 
 
-def main() -> dict[str, float]:
-    """Measure everything on one thread, print the table, record the numbers; returns the ladder."""
-    threads = torch.get_num_threads()
+def main() -> None:
+    """Measure everything on one thread, print it, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)  # two would wait for each other on a busy machine, the fastest candidate longest
-    try:
-        return _report()
-    finally:
-        torch.set_num_threads(threads)
+    results = {"device": device_name(), "torch": torch.__version__}
+    results["command"] = " ".join(["python", "benchmarks/redirect.py", *sys.argv[1:]])
+    print(results["device"])
+    results |= _measured()
+    if chosen.json:
+        with replacing(chosen.json) as part:
+            part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _report() -> dict[str, float]:
+def _measured() -> dict[str, dict]:
+    """The ladder, the growth, and the numbers that follow."""
     print("17 heatmaps of 64×64, threshold 1, set-up of F included, one thread")
     steps = ladder()
     fastest, maximum = steps["pencil: sum"], steps["pencil: maximum"]
     for name, seconds in steps.items():
         print(f"  {name:24s} {1e3 * seconds:12.2f} ms  {seconds / fastest:10.0f} ×")
     print(f"  (the loops: one map and {LOOP_ROWS} of 64 reference rows, extrapolated)")
-    record("redirect.speedup_loop", steps["nested loops"] / fastest, "times faster than the original's nested loops")
-    record("redirect.speedup_dense", steps["dense mask"] / fastest, "times faster than a dense mask")
-    adafuse, lean = steps["maximum, as AdaFuse"], steps["maximum, grid_sample 2D"]
-    record("redirect.speedup_grid_sample", adafuse / fastest, "times faster than AdaFuse's maximum by grid_sample")
-    record("redirect.speedup_grid_sample_2d", lean / fastest, "times faster than a leaner grid_sample")
-    record("redirect.max_speedup_grid_sample", adafuse / maximum, "the exact maximum against AdaFuse's")
-    record("redirect.max_speedup_grid_sample_2d", lean / maximum, "the exact maximum against the leaner one")
-    record("redirect.seconds", fastest, "17 heatmaps, set-up of F included (s)")
-
     times_copy = reuse()
     print(f"with F's set-up kept: {times_copy:.0f} × a copy of the heatmaps")
-    record("redirect.times_copy", times_copy, "one application, set-up kept, in copies of the same tensor")
-
     grown = growth()
-    time_power, memory_power = (exponent(list(grown), [pair[k] for pair in grown.values()]) for k in (0, 1))
     for size, (seconds, peak) in grown.items():
         print(f"  {size:3d}²: {1e3 * seconds:8.2f} ms  {peak / 1e6:7.1f} MB")
+    time_power, memory_power = (exponent(list(grown), [pair[k] for pair in grown.values()]) for k in (0, 1))
     print(f"time grows as N^{time_power:.2f}, memory as N^{memory_power:.2f}")
-    record("redirect.time_exponent", time_power, "time grows as this power of the pixels, 32² to 256²")
-    record("redirect.memory_exponent", memory_power, "memory grows as this power of the pixels")
-
     print("8 scenes, four views all fused with each other: 96 pairs of 17 heatmaps")
     together = all_pairs()
     for name, seconds in together.items():
         print(f"  {name:26s} {1e3 * seconds:8.0f} ms")
-        record(f"redirect.all_pairs_seconds.{name.replace(', ', '_').replace(' ', '_')}", seconds)
-    a_pair = (together["set-up of 96 F"] + together["sum, forward"]) / 96
+    a_pair = (together["set-up of 96 F"] + together["sum forward"]) / 96
+    adafuse, lean = steps["maximum, as AdaFuse"], steps["maximum, grid_sample 2D"]
     print(
-        f"  set-up and sum of one of these pairs: {1e3 * a_pair:.2f} ms, {adafuse / a_pair:.0f} × faster than AdaFuse's maximum"
+        f"  set-up and sum of one of these: {1e3 * a_pair:.2f} ms, {adafuse / a_pair:.0f} × as fast as AdaFuse's maximum"
     )
-    record("redirect.all_pairs_speedup_grid_sample", adafuse / a_pair, "the same where 96 pairs are set up together")
-    return steps
+    numbers = {
+        "speedup_loop": steps["nested loops"] / fastest,
+        "speedup_dense": steps["dense mask"] / fastest,
+        "speedup_grid_sample": adafuse / fastest,
+        "speedup_grid_sample_2d": lean / fastest,
+        "max_speedup_grid_sample": adafuse / maximum,
+        "max_speedup_grid_sample_2d": lean / maximum,
+        "seconds": fastest,
+        "times_copy": times_copy,
+        "time_exponent": time_power,
+        "memory_exponent": memory_power,
+        "all_pairs_seconds": together,
+        "all_pairs_speedup_grid_sample": adafuse / a_pair,
+    }
+    return {"ladder": steps, "growth": {str(size): pair for size, pair in grown.items()}, "numbers": numbers}
 
 
 if __name__ == "__main__":
