@@ -70,7 +70,6 @@ def lab(tmp_path_factory):
     (home / "root" / "notebooks").mkdir(parents=True)
     for notebook in NOTEBOOKS:
         lighten(notebook, home / "root" / "notebooks")
-    (home / "root" / "benchmarks").symlink_to(ROOT / "benchmarks")  # which notebook 03 looks for beside its folder
     for name, text in SETTINGS.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
