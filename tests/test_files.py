@@ -1,6 +1,5 @@
 """Files of others are read within bounds, whatever they say; our own appear whole or not at all."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tomli_w
 from files36m import SHOWN, labels, records, write_karfly, write_toolbox
+from recorded import write_recording
 from rigs import camera_pair
 
 from epiutils.data.calibration import read_calib, write_calib
@@ -156,16 +156,9 @@ def test_a_camera_too_large_for_its_picture_is_refused(tmp_path, size):
 # Recordings and Human3.6M that are hostile
 
 
-def write_recording(path):
-    """Two cameras that see a person of 25 joints in one frame."""
-    cameras = camera_pair(3)
-    write_calib(path / "Calib.toml", cameras)
-    rng = np.random.default_rng(0)
-    for camera in cameras:
-        (path / camera.name).mkdir()
-        person = np.column_stack([rng.uniform(50, 200, (25, 2)), rng.uniform(0.1, 1, 25)]).round(3)
-        people = {"people": [{"pose_keypoints_2d": person.ravel().tolist()}]}
-        (path / camera.name / "0.json").write_text(json.dumps(people))
+def small(path):
+    """A recording of two cameras that see a person in one frame."""
+    write_recording(path, frames=[0], folder="{}", name="{1}.json")
     return path
 
 
@@ -179,46 +172,46 @@ def keypoints(numbers):
      keypoints("1e400, 1, 1"), keypoints("1e300, 1, 1"), '{"people": [1]}', '{"people": 1}', "1", "\ud800"],
 )  # fmt: skip
 def test_hostile_json_is_refused_by_name(tmp_path, text):
-    path, began = write_recording(tmp_path), time.process_time()
-    (path / "ref" / "0.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"ref/0\.json"):
-        read_recording(path, "BODY_25")
+    path, began = small(tmp_path), time.process_time()
+    (path / "cam02" / "0.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"cam02/0\.json"):
+        read_recording(path, "BODY_25B")
     assert time.process_time() - began < 2
 
 
 def test_what_leads_out_of_a_recording_is_refused(tmp_path):
-    path, other = write_recording(tmp_path / "a"), write_recording(tmp_path / "b")
-    file = path / "ref" / "0.json"
+    path, other = small(tmp_path / "a"), small(tmp_path / "b")
+    file = path / "cam02" / "0.json"
     file.unlink()
-    for target in (other / "ref" / "0.json", "/dev/zero"):
+    for target in (other / "cam02" / "0.json", "/dev/zero"):
         file.symlink_to(target)
-        with pytest.raises(ValueError, match=r"ref/0\.json (leads out of|is not a regular)"):
-            read_recording(path, "BODY_25")
+        with pytest.raises(ValueError, match=r"cam02/0\.json (leads out of|is not a regular)"):
+            read_recording(path, "BODY_25B")
         file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ValueError, match=r"ref/0\.json is not a regular file"):
-        read_recording(path, "BODY_25")
+    with pytest.raises(ValueError, match=r"cam02/0\.json is not a regular file"):
+        read_recording(path, "BODY_25B")
     file.unlink()
     file.write_text(keypoints(", ".join(75 * ["1"])) + " " * (17 << 20))
-    with pytest.raises(ValueError, match=r"ref/0\.json has \d+ bytes; more than 16777216"):
-        read_recording(path, "BODY_25")
+    with pytest.raises(ValueError, match=r"cam02/0\.json has \d+ bytes; more than 16777216"):
+        read_recording(path, "BODY_25B")
     file.rename(file.with_name("1" * 200 + ".json"))
     with pytest.raises(ValueError, match="no frame has a number of 200 digits"):
-        read_recording(path, "BODY_25")
+        read_recording(path, "BODY_25B")
 
 
 def test_a_video_that_is_no_file_or_never_ends_is_refused(tmp_path):
-    path = write_recording(tmp_path)
-    for camera in ("src", "ref"):
+    path = small(tmp_path)
+    for camera in ("cam01", "cam02"):
         os.mkfifo(path / f"{camera}.mp4")
-    with pytest.raises(ValueError, match=r"src\.mp4 is not a regular file"):
-        read_recording(path, "BODY_25").views(0)
-    for camera in ("src", "ref"):
+    with pytest.raises(ValueError, match=r"cam01\.mp4 is not a regular file"):
+        read_recording(path, "BODY_25B").views(0)
+    for camera in ("cam01", "cam02"):
         (path / f"{camera}.mp4").unlink()
-        shutil.copy(path / "Calib.toml", path / f"{camera}.mp4")
+        shutil.copy(path / "calibration" / "Calib.toml", path / f"{camera}.mp4")
         (path / camera / "0.json").rename(path / camera / "999999999999999.json")
-    with pytest.raises(ValueError, match=r"src\.mp4: no picture 999999999999999"):
-        read_recording(path, "BODY_25").views(999999999999999)
+    with pytest.raises(ValueError, match=r"cam01\.mp4: no picture 999999999999999"):
+        read_recording(path, "BODY_25B").views(999999999999999)
 
 
 def jpeg(size=(1000, 1000), kind=".jpg"):
@@ -315,13 +308,13 @@ def karfly(path):
 
 
 def calib(path):
-    file = write_recording(path) / "Calib.toml"
+    file = small(path) / "calibration" / "Calib.toml"
     return file, lambda: read_calib(file)
 
 
 def openpose(path):
-    file = write_recording(path) / "ref" / "0.json"
-    return file, lambda: read_recording(path, "BODY_25")
+    file = small(path) / "cam02" / "0.json"
+    return file, lambda: read_recording(path, "BODY_25B")
 
 
 def archive(path):
