@@ -8,6 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from array_api_compat import array_namespace
+
+
+def homogeneous(x):
+    """Points with a last coordinate of 1: (..., 2) → (..., 3) (H&Z 2.2)."""
+    xp = array_namespace(x)
+    return xp.concat([x, xp.ones_like(x[..., :1])], axis=-1)
 
 
 @dataclass(frozen=True, eq=False)

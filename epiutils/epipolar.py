@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from array_api_compat import array_namespace
 
-from epiutils.cameras import Camera
+from epiutils.cameras import Camera, homogeneous
 
 METHODS = {
     "8point": cv2.FM_8POINT,
@@ -88,12 +88,6 @@ def transfer(F: np.ndarray, A_src: np.ndarray, A_ref: np.ndarray) -> np.ndarray:
     xp = array_namespace(F)
     A_src, A_ref = (xp.asarray(np.array(A) if isinstance(A, np.ndarray) else A, dtype=F.dtype) for A in (A_src, A_ref))
     return xp.linalg.inv(A_ref).mT @ F @ xp.linalg.inv(A_src)
-
-
-def homogeneous(x):
-    """Points with a last coordinate of 1: (..., 2) → (..., 3) (H&Z 2.2)."""
-    xp = array_namespace(x)
-    return xp.concat([x, xp.ones_like(x[..., :1])], axis=-1)
 
 
 def epipolar_lines(F, x_src):

@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from epiutils.epipolar import homogeneous
+from epiutils.cameras import homogeneous
 from epiutils.heatmaps import STRIDE, soft_argmax
 
 _PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular

@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 from rigs import look_at
 
+from epiutils.data.bodies import JOINTS
 from epiutils.data.calibration import write_calib
-from epiutils.data.recordings import _JOINTS as JOINTS
 
 WIDTH, HEIGHT = 160, 240
 STANDING = {  # a person of 1.8 m facing +y, in metres: x to the person's left, z up
     "nose": (0, 0.1, 1.62), "eye": (0.03, 0.09, 1.66), "ear": (0.07, 0, 1.64), "neck": (0, 0, 1.5),
     "head": (0, 0, 1.8), "sho": (0.18, 0, 1.45), "elb": (0.25, 0, 1.15), "wri": (0.27, 0.1, 0.9),
     "hip": (0.1, 0, 0.95), "midhip": (0, 0, 0.95), "kne": (0.11, 0.03, 0.5), "ank": (0.11, 0, 0.08),
-    "bigtoe": (0.12, 0.2, 0.02), "smalltoe": (0.16, 0.17, 0.02), "heel": (0.11, -0.05, 0.02),
+    "face": (0, 0.1, 1.6), "hand": (0.27, 0.13, 0.86), "bigtoe": (0.12, 0.2, 0.02),
+    "smalltoe": (0.16, 0.17, 0.02), "heel": (0.11, -0.05, 0.02),
 }  # fmt: skip
 
 
@@ -22,8 +23,11 @@ def body(model, place=(0, 0, 0)):
     """The standing person's joints (J, 3) in the model's order."""
     X = []
     for joint in JOINTS[model]:
+        number = int("".join(c for c in joint if c.isdecimal()) or 0)  # of a point of the face or a hand
+        joint = joint.rstrip("0123456789")
         side = 1 if joint in STANDING else {"l": 1, "r": -1}[joint[0]]
         X.append(np.array(STANDING.get(joint) or STANDING[joint[1:]]) * (side, 1, 1) + place)
+        X[-1] += 0.002 * np.array([number % 5, number % 7, number % 3])
     return np.array(X)
 
 

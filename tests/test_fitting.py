@@ -9,10 +9,11 @@ import torch
 from scenes import SHAPE, TOY, WEIGHTS, literal_views, made_up, repaired, toy
 from torch import nn
 
+from epiutils.cameras import homogeneous
 from epiutils.data import people
 from epiutils.data.dataset import Augmentation, MultiView
 from epiutils.data.views import Predicted
-from epiutils.epipolar import epipolar_lines, homogeneous
+from epiutils.epipolar import epipolar_lines
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.heatmaps import HEATMAP_FROM_INPUT
 from epiutils.metrics import joint_mean

@@ -1,15 +1,13 @@
-"""Your own calibrated recording: Calib.toml, OpenPose's JSON for each camera, and the videos.
+"""Your own calibrated recording: a rig file, detections in JSON for each camera, and the videos.
 
 The layout is Pose2Sim's: `calibration/Calib*.toml`, `pose/cam01_json/*.json`, `videos/cam01.mp4`, with or without
-those three upper folders; folders and videos belong to the camera of their name.  The n-th picture of a video,
-counted from 0, shows the frame whose JSON file carries the number `video_start` + n.
+those three upper folders; what else is read stands in `calibration` and `layouts`.  The n-th picture of a video, counted
+from 0, shows the frame whose JSON file carries the number `video_start` + n.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,25 +23,15 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from epiutils.cameras import Camera
-from epiutils.data.calibration import read_calib
-from epiutils.data.files import check_file, read_bytes, reading
+from epiutils.data.bodies import BODY_BONES, JOINTS, guess_model
+from epiutils.data.calibration import UNITS, read_calib
+from epiutils.data.checks import check_detections, check_geometry, check_videos
+from epiutils.data.files import check_file, reading
+from epiutils.data.layouts import POSES, find_calib, find_detections, find_videos, read_frames
+from epiutils.data.tracks import associate
 from epiutils.data.views import Predicted, View, heatmap_fundamentals
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
-
-_ORDERS = """
-BODY_25B nose leye reye lear rear lsho rsho lelb relb lwri rwri lhip rhip lkne rkne lank rank neck head _FEET
-BODY_25 nose neck rsho relb rwri lsho lelb lwri midhip rhip rkne rank lhip lkne lank reye leye rear lear _FEET
-COCO nose neck rsho relb rwri lsho lelb lwri rhip rkne rank lhip lkne lank reye leye rear lear
-""".replace("_FEET", "lbigtoe lsmalltoe lheel rbigtoe rsmalltoe rheel")
-_LIMBS = """nose-leye leye-lear nose-reye reye-rear nose-neck neck-head lsho-rsho neck-lsho neck-rsho lsho-lelb lelb-lwri
-rsho-relb relb-rwri neck-midhip midhip-lhip midhip-rhip lhip-rhip lsho-lhip rsho-rhip lhip-lkne lkne-lank rhip-rkne
-rkne-rank lank-lheel rank-rheel lank-lbigtoe lbigtoe-lsmalltoe rank-rbigtoe rbigtoe-rsmalltoe"""
-_JOINTS = {line.split()[0]: tuple(line.split()[1:]) for line in _ORDERS.strip().splitlines()}  # OpenPose's orders
-_BONES = {  # pairs of joint numbers, for drawing: every limb of which the model has both ends
-    model: tuple(tuple(map(names.index, ends)) for b in _LIMBS.split() if set(ends := b.split("-")) <= set(names))
-    for model, names in _JOINTS.items()
-}
 
 
 class Status(IntEnum):
@@ -62,7 +50,8 @@ class Recording:
     detections: (V, T, J, 3) float64, x and y in px as recorded (distorted) and OpenPose's confidence; an
     undetected joint is nan, nan, 0.  frames: (T,) the numbers in the file names, all that any camera has.
     status: (V, T) of `Status`.  person: (V, T) the chosen person's place in its file, −1 where there is none.
-    videos: a path a camera; None where it has no video and `views` gives grey pictures.
+    videos: a path a camera; None where it has no video and `views` gives grey pictures.  notes: what was found on
+    reading, warnings included, for the report.
     """
 
     path: Path
@@ -74,6 +63,7 @@ class Recording:
     person: np.ndarray
     videos: tuple[Path | None, ...]
     video_start: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -81,12 +71,12 @@ class Recording:
     @property
     def joints(self) -> tuple[str, ...]:
         """Joint names in the detector's order; l and r are the person's own left and right."""
-        return _JOINTS[self.model]
+        return JOINTS[self.model]
 
     @property
     def bones(self) -> tuple[tuple[int, int], ...]:
         """Pairs of joint numbers to draw."""
-        return _BONES[self.model]
+        return BODY_BONES[self.model]
 
     def missing(self, status: Status) -> dict[str, list[int]]:
         """For each camera the frame numbers of that status."""
@@ -98,18 +88,23 @@ class Recording:
     ) -> list[View]:
         """The cropped pictures of one instant, in the order asked, with the joints and confidences in them.
 
-        frame: a number of `frames`.  cameras: names, all of them by default.  size: (width, height) px.  Joints
-        are in px of the view; confidences above 1 (OpenPose has them) become 1.  A video whose picture is not
-        `camera.size` is taken as that picture scaled to fit and centred between black bars, and scaled back.
+        frame: a number of `frames`.  cameras: names; by default all that see the person then, and a warning names the
+        others.  size: (width, height) px.  Joints are in px of the view; confidences above 1 (OpenPose has them) become
+        1.  A video whose picture is not `camera.size` is taken as that picture scaled to fit and centred between black
+        bars, and scaled back.
         Raises ValueError naming the camera and the frame where there is no file, no person or no such picture.
         """
         names = [camera.name for camera in self.cameras]
-        cameras = names if cameras is None else cameras
+        everyone, cameras = cameras is None, names if cameras is None else cameras
         if unknown := set(cameras) - set(names):
             raise ValueError(f"{self.path}: no camera {', '.join(map(str, unknown))}, there are {', '.join(names)}")
         if frame not in self.frames:
             raise ValueError(f"{self.path}: no frame {frame}, there are {_ranges(self.frames)}")
         t = int(np.flatnonzero(self.frames == frame)[0])
+        blind = [f"{name} ({Status(self.status[v, t]).name})" for v, name in enumerate(names) if self.person[v, t] < 0]
+        if everyone and 0 < len(blind) < len(names):
+            warnings.warn(f"{self.path}: frame {frame}: left out: {', '.join(blind)}", stacklevel=2)
+            cameras = [name for v, name in enumerate(names) if self.person[v, t] >= 0]
         views = []
         for v in map(names.index, cameras):
             camera, video = self.cameras[v], self.videos[v]
@@ -203,168 +198,131 @@ def _shifted(camera: Camera, shift: np.ndarray) -> Camera:
 
 
 def read_recording(
-    path: str | os.PathLike, model: str = "auto", person: str | int = "largest", video_start: int = 0,
-    limit: int = 16 << 20,
+    path: str | os.PathLike, model: str = "auto", person: str | int = 0, video_start: int | None = None,
+    cameras: str | Sequence[str] = (), unit: str = "auto", limit: int = 16 << 20,
 ) -> Recording:  # fmt: skip
-    """Read a recording's calibration and detections; pictures are read later, by `Recording.views`.
+    """Read a recording's calibration and detections, checked against each other; pictures are read later, by `views`.
 
-    model: "BODY_25B", "BODY_25", "COCO", or "auto": by the number of keypoints, and of
-    BODY_25B and BODY_25 the one in whose order a body's bones are short.  person: who is kept where a file has several:
-    "largest" (the longer side of the box around the detected joints), "confident" (the largest sum of confidences),
-    or a place in the file from 0.  Each file is judged on its own: nobody is followed over time or matched between
-    views; a warning names the frames with several.  limit: most bytes of a JSON file.
-    Raises FileNotFoundError where the folder is missing, ValueError naming the file or the cameras for all else that is
-    wrong, files that lead out of the folder included.
+    model: of the body, one of `bodies.JOINTS`, or "auto": by the number of keypoints, and of BODY_25B and BODY_25 the
+    one in whose order a body's bones are short.
+    person: who is kept where files have several: a number from 0 of those that `tracks.associate` finds, 0 being seen
+    most (in `pose-associated` the places are the people); or, each file for itself, the "largest" (the longer side of
+    the box around the detected joints) or the most "confident" (sum of confidences).
+    video_start: the number of the frame that the first picture of a video shows; None: 0, or the first number where
+    that alone fits.  cameras: names of those to read, "cam01,cam02" or a sequence; all that see somebody by default.
+    unit: of a Calib.toml's translations, "m", "cm" or "mm"; "auto": m, unless only another makes a person of 0.2 to 3 m.
+    limit: most bytes of a JSON file of one frame.
+
+    What was found is in `notes`; what is probably wrong is said in a warning too.  Raises FileNotFoundError where the
+    folder is missing, ValueError naming the file or the cameras for all that is certainly wrong, files that lead out of
+    the folder included.
     """
-    path = Path(path)
+    path, notes = Path(path), []
+
+    def warn(text: str) -> None:
+        notes.append(text)
+        warnings.warn(text, stacklevel=3)
+
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    if model not in ("auto", *_JOINTS):
-        raise ValueError(f'model must be "auto" or one of {", ".join(_JOINTS)}, got {model!r}')
+    if model not in ("auto", *JOINTS):
+        raise ValueError(f'model must be "auto" or one of {", ".join(JOINTS)}, got {model!r}')
+    if isinstance(person, str) and person.isdecimal():
+        person = int(person)
     if person not in ("largest", "confident") and not (isinstance(person, int) and person >= 0):
-        raise ValueError(f'person must be "largest", "confident" or a place from 0, got {person!r}')
-    found = sorted({*path.glob("[Cc]alib*.toml"), *path.glob("[Cc]alibration/[Cc]alib*.toml")})
-    if len(found) != 1:
-        raise ValueError(f"{path}: expected one Calib*.toml here or in calibration/, found {list(map(str, found))}")
-    cameras = read_calib(check_file(found[0], within=path))
-    names = [camera.name for camera in cameras]
-    below = path / "pose" if (path / "pose").is_dir() else path
-    folders, strays = _match(names, [f for f in below.iterdir() if any(f.glob("*.json"))])
-    bare = [name for name, folder in zip(names, folders, strict=True) if folder is None]
-    if strays or bare:
+        raise ValueError(f'person must be a number from 0, "largest" or "confident", got {person!r}')
+    if unit not in ("auto", *UNITS):
+        raise ValueError(f'unit must be "auto" or one of {", ".join(UNITS)}, got {unit!r}')
+    calib = find_calib(path)
+    rig = read_calib(calib, unit="m" if unit == "auto" else unit)
+    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
+    if unknown := set(wanted) - {camera.name for camera in rig}:
         raise ValueError(
-            f"{below}: cameras of {found[0].name} without a folder of JSON files: {bare}; "
-            f"folders of JSON files without a calibration: {strays}"
+            f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(camera.name for camera in rig)}"
         )
-    videos, strays = _match(
-        names,
-        [
-            f
-            for d in (path, path / "videos")
-            for f in d.glob("*")
-            if f.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv")
-        ],
-    )
-    bare = [name for name, video in zip(names, videos, strict=True) if video is None and any(videos)]
-    if strays or bare:
-        warnings.warn(
-            f"{path}: videos of no calibrated camera: {strays}; cameras without a video: {bare}", stacklevel=2
-        )
+    below, folders = find_detections(path, [camera.name for camera in rig], warn)
+    folders = {camera.name: (camera, folder) for camera, folder in zip(rig, folders, strict=True) if folder}
+    if bare := [name for name in wanted if name not in folders]:
+        raise ValueError(f"{below}: no detections of {', '.join(bare)}, there are those of {', '.join(folders)}")
+    rig, folders = zip(*(folders[name] for name in wanted or folders), strict=True)
+    others = [name for name in POSES if below.name in POSES and name != below.name and (path / name).is_dir()]
+    notes.append(f"{path}: detections of {below.name if below != path else 'this folder'}"
+                 + (f", not those of {', '.join(others)}" if others else "") + f"; calibration {calib.name}")  # fmt: skip
 
-    files = [
-        {number: _read_people(file, limit=limit, within=path) for number, file in _numbered(folder).items()}
-        for folder in folders
-    ]
-    counts, everybody = {}, []  # counts: keypoints → where they were first seen
-    for folder, frames in zip(folders, files, strict=True):
-        for number, people in frames.items():
-            everybody += people
-            for one in people:
-                counts.setdefault(len(one), f"{len(one)} keypoints a person in {folder.name}, frame {number}")
-    if len(counts) != 1:
-        raise ValueError(f"{below}: {'; '.join(counts.values()) or 'no person in any file'}")
-    everybody = np.stack(everybody)
-    if np.nanmax(abs(everybody[..., :2])) <= 1:
-        raise ValueError(f"{below}: keypoints within [−1, 1]: pixels are needed (OpenPose's keypoint_scale 0)")
-    try:
-        model = _guess_model(everybody) if model == "auto" else model
-    except ValueError as error:
-        raise ValueError(f"{below}: {error}") from error
-    if everybody.shape[1] != len(_JOINTS[model]):
-        raise ValueError(f"{below}: {everybody.shape[1]} keypoints a person, but {model} has {len(_JOINTS[model])}")
+    files = [read_frames(folder, limit, path) for folder in folders]
+    model = _model_of(files, folders, model, below)
+    if blind := [
+        v for v, frames in enumerate(files) if not any(len(one) for people in frames.values() for one in people)
+    ]:
+        warn(f"{below}: nobody is detected in any frame of {', '.join(rig[v].name for v in blind)}: left out")
+        rig, folders, files = ([one for v, one in enumerate(each) if v not in blind] for each in (rig, folders, files))
 
     numbers = np.array(sorted(set().union(*files)))
-    detections = np.full((len(cameras), len(numbers), *everybody.shape[1:]), (np.nan, np.nan, 0.0))
-    status, chosen = (np.full(detections.shape[:2], fill) for fill in (Status.NO_FILE, -1))
-    for v, t in np.ndindex(status.shape):
-        if (people := files[v].get(numbers[t])) is None:
-            continue
-        chosen[v, t] = place = _choose(people, person)
-        status[v, t] = Status.NO_PERSON if place < 0 else Status.OK if len(people) == 1 else Status.SEVERAL
-        if place >= 0:
-            detections[v, t] = people[place]
-    recording = Recording(path, model, cameras, numbers, detections, status, chosen, videos, video_start)
+    people = [[frames.get(number, ()) for number in numbers.tolist()] for frames in files]
+    seen = np.array([[sum(map(len, at)) // len(JOINTS[model]) for at in view] for view in people])  # (V, T)
+    chosen = _chosen(rig, people, seen, person, below)
+    detections = np.full((len(rig), len(numbers), len(JOINTS[model]), 3), (np.nan, np.nan, 0.0))
+    status = np.full(seen.shape, Status.NO_FILE)
+    for v, t in np.ndindex(seen.shape):
+        if numbers[t] in files[v]:
+            status[v, t] = Status.NO_PERSON if chosen[v, t] < 0 else Status.OK if seen[v, t] == 1 else Status.SEVERAL
+        if chosen[v, t] >= 0:
+            detections[v, t] = people[v][t][chosen[v, t]]
+
+    check_detections(rig, detections, below, warn)
+    videos = find_videos(path, [camera.name for camera in rig], warn)
+    start = check_videos(rig, videos, numbers, video_start, path, warn)
+    rig = check_geometry(list(rig), detections, model, unit, below, calib, warn, notes.append)
+    recording = Recording(path, model, rig, numbers, detections, status, chosen, videos, start)
     several = [f"{name} {_ranges(np.array(f))}" for name, f in recording.missing(Status.SEVERAL).items() if f]
     if several:
-        warnings.warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}", stacklevel=2)
-    return recording
+        warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}")
+    return replace(recording, notes=tuple(notes))
 
 
-def _guess_model(people: np.ndarray) -> str:
-    """The body model of people (N, J, 3), nan where undetected: 18 keypoints are COCO, 25 one of two orders.
-
-    In its own order a body's bones are short; read in the other's, wrists are joined to hips and eyes to shoulders.
-    The order with the smaller mean bone length wins.  Raises ValueError where the other's is not 1.25 times as long,
-    or fewer than 30 bones are seen in either, and for other numbers of keypoints.
-    """
-    if people.shape[1] == 18:
-        return "COCO"
-    if people.shape[1] != 25:
-        raise ValueError(f"{people.shape[1]} keypoints a person: BODY_25B and BODY_25 have 25, COCO 18")
-    length = {}
-    for model in ("BODY_25B", "BODY_25"):
-        a, b = np.array(_BONES[model]).T
-        bones = np.linalg.norm(people[:, a, :2] - people[:, b, :2], axis=-1)  # (N, bones)
-        bones = bones[np.isfinite(bones)]
-        length[model] = float(bones.mean()) if len(bones) >= 30 else np.nan
-    short, long = sorted(length, key=length.get)
-    if not length[long] >= 1.25 * length[short]:
-        raise ValueError(f"cannot tell BODY_25B from BODY_25 (mean bone, px: {length}): pass model=")
-    return short
+def _model_of(files: list[dict], folders: Sequence[Path], model: str, below: Path) -> str:
+    """The body model of all people; ValueError where they have different numbers of keypoints, or there are none."""
+    counts, some = {}, []  # counts: keypoints → where they were first seen
+    for folder, frames in zip(folders, files, strict=True):
+        for number, people in frames.items():
+            for one in filter(len, people):
+                counts.setdefault(len(one), f"{len(one)} keypoints a person in {folder.name}, frame {number}")
+                some.append(one)
+    if len(counts) != 1:
+        raise ValueError(f"{below}: {'; '.join(counts.values()) or 'no person in any file'}")
+    with reading(below):
+        model = guess_model(np.stack(some[:: max(1, len(some) // 1000)])) if model == "auto" else model
+    if len(some[0]) != len(JOINTS[model]):
+        raise ValueError(f"{below}: {len(some[0])} keypoints a person, but {model} has {len(JOINTS[model])}")
+    return model
 
 
-def _read_people(file: Path, **bounds) -> list[np.ndarray]:
-    """The file's people (J, 3), nan, nan, 0 where a joint is undetected; those without any joint are left out."""
-    data = read_bytes(file, **bounds)
-    with reading(file, "OpenPose's people: [pose_keypoints_2d: [x, y, c …]]"):
-        people = [np.asarray(person["pose_keypoints_2d"], dtype=np.float64) for person in json.loads(data)["people"]]
-    kept = []
-    for i, person in enumerate(people):
-        if person.ndim != 1 or person.size % 3:
-            raise ValueError(f"{file}: person {i}: expected 3 numbers a keypoint, got shape {person.shape}")
-        person = person.reshape(-1, 3)
-        if not (np.abs(person) < 1e6).all() or (person[:, 2] < 0).any():
-            raise ValueError(f"{file}: person {i}: a number is not finite, a million or more, or a negative confidence")
-        if (person[:, 2] > 0).any():
-            kept.append(np.where(person[:, 2:] > 0, person, (np.nan, np.nan, 0)))
-    return kept
+def _chosen(rig: Sequence[Camera], people: list, seen: np.ndarray, person: str | int, below: Path) -> np.ndarray:
+    """The place of the person to keep in each file, (V, T), −1 where there is none."""
+    if isinstance(person, str):
+        return np.array([[_choose(at, person) for at in view] for view in people])
+    if below.name == POSES[0]:
+        places = max(len(at) for view in people for at in view)
+        tracks = np.array([[[k if k < len(at) and len(at[k]) else -1 for at in view] for view in people]
+                           for k in range(places)])  # fmt: skip
+    elif seen.max() > 1:
+        tracks = associate(rig, people)
+    else:
+        tracks = np.array([[[_choose(at, "largest") for at in view] for view in people]])
+    if person >= len(tracks):
+        known = "; ".join(f"{k} in {(track >= 0).any(0).sum()} frames" for k, track in enumerate(tracks[:10]))
+        raise ValueError(f"{below}: no person {person}: {known}{' …' * (len(tracks) > 10)}")
+    return tracks[person]
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-    """The folder's JSON files by frame number: the last number in the name, `cam01_000000000012_keypoints.json`."""
-    files = {}
-    for file in sorted(folder.glob("*.json")):
-        digits = re.findall(r"\d+", file.stem)
-        if not digits:
-            raise ValueError(f"{file}: no frame number in the name")
-        if len(digits[-1]) > 15:
-            raise ValueError(f"{file}: no frame has a number of {len(digits[-1])} digits")
-        if (other := files.setdefault(int(digits[-1]), file)) is not file:
-            raise ValueError(f"{folder}: {other.name} and {file.name} are both frame {int(digits[-1])}")
-    return files
-
-
-def _match(names: list[str], entries: list[Path]) -> tuple[tuple[Path | None, ...], list[str]]:
-    """The folder or video of each camera (cam_01, CAM01, cam01_json are one name), and the names of those left over."""
-    matched, strays = {}, []
-    keys = {re.sub(r"[\W_]", "", name.lower()): name for name in names}
-    for entry in sorted(entries):
-        key = re.sub(r"[\W_]", "", (entry.name if entry.is_dir() else entry.stem).lower())
-        camera = keys.get(key, keys.get(re.sub(r"(json|pose|keypoints)$", "", key)))
-        if camera is None:
-            strays.append(entry.name)
-        elif (other := matched.setdefault(camera, entry)) is not entry:
-            raise ValueError(f"{other} and {entry} both belong to camera {camera}")
-    return tuple(matched.get(name) for name in names), strays
-
-
-def _choose(people: list[np.ndarray], person: str | int) -> int:
+def _choose(people: Sequence[np.ndarray], person: str) -> int:
     """The place of the person to keep, −1 where there is none."""
-    if isinstance(person, int) or not people:
-        return person if people and person < len(people) else -1
+    known = [i for i, one in enumerate(people) if len(one)]
+    if len(known) < 2:
+        return known[0] if known else -1
     if person == "confident":
-        return int(np.argmax([p[:, 2].sum() for p in people]))
-    return int(np.argmax([(np.nanmax(p[:, :2], 0) - np.nanmin(p[:, :2], 0)).max() for p in people]))
+        return max(known, key=lambda i: people[i][:, 2].sum())
+    return max(known, key=lambda i: (np.nanmax(people[i][:, :2], 0) - np.nanmin(people[i][:, :2], 0)).max())
 
 
 @lru_cache(maxsize=8)  # 50 MB of full HD

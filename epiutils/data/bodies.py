@@ -1,0 +1,91 @@
+"""Joints of the body as detectors number them, the bones between them, and which detector's order it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+_FEET = "lbigtoe lsmalltoe lheel rbigtoe rsmalltoe rheel"
+_SIDES = "nose leye reye lear rear lsho rsho lelb relb lwri rwri lhip rhip lkne rkne lank rank"
+_ORDERS = {
+    "BODY_25B": f"{_SIDES} neck head {_FEET}",
+    "BODY_25": "nose neck rsho relb rwri lsho lelb lwri midhip rhip rkne rank lhip lkne lank reye leye rear lear "
+    + _FEET,
+    "COCO": "nose neck rsho relb rwri lsho lelb lwri rhip rkne rank lhip lkne lank reye leye rear lear",
+    "HALPE_26": f"{_SIDES} head neck midhip lbigtoe rbigtoe lsmalltoe rsmalltoe lheel rheel",
+    "COCO_17": _SIDES,
+    "COCO_133": f"{_SIDES} {_FEET} face0:68 lhand0:21 rhand0:21",
+    "BODY_135": f"{_SIDES} neck head {_FEET} lhand1:21 rhand1:21 face0:70",
+}
+_LIMBS = """nose-leye leye-lear nose-reye reye-rear nose-neck neck-head lsho-rsho neck-lsho neck-rsho lsho-lelb lelb-lwri
+rsho-relb relb-rwri neck-midhip midhip-lhip midhip-rhip lhip-rhip lsho-lhip rsho-rhip lhip-lkne lkne-lank rhip-rkne
+rkne-rank lank-lheel rank-rheel lank-lbigtoe lbigtoe-lsmalltoe rank-rbigtoe rbigtoe-rsmalltoe lwri-lhand0 rwri-rhand0"""
+_WITHOUT_NECK = "nose-lsho nose-rsho"
+
+
+def _names(order: str) -> tuple[str, ...]:
+    """The order's names, lhand1:21 being lhand1 to lhand20."""
+    names = []
+    for word in order.split():
+        stem, _, end = word.partition(":")
+        kind = stem.rstrip("0123456789")
+        names += [f"{kind}{i}" for i in range(int(stem[len(kind) :]), int(end))] if end else [word]
+    return tuple(names)
+
+
+def _pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Pairs of joint numbers: every limb of which the order has both ends, and the fingers."""
+    limbs = _LIMBS + ("" if "neck" in names else f" {_WITHOUT_NECK}")
+    limbs = [tuple(limb.split("-")) for limb in limbs.split()]
+    for side in "lr":
+        root = f"{side}hand0" if f"{side}hand0" in names else f"{side}wri"
+        for finger in range(1, 21, 4):
+            limbs += pairwise([root, *(f"{side}hand{finger + i}" for i in range(4))])
+    return tuple(tuple(map(names.index, ends)) for ends in limbs if set(ends) <= set(names))
+
+
+JOINTS = {model: _names(order) for model, order in _ORDERS.items()}  # l and r are the person's own left and right
+BODY_BONES = {model: _pairs(names) for model, names in JOINTS.items()}  # for drawing
+
+
+def guess_model(people: np.ndarray) -> str:
+    """The body model of people (N, J, 3), nan where undetected, by the number of keypoints; 25 are one of two orders.
+
+    In its own order a body's bones are short; read in the other's, wrists are joined to hips and eyes to shoulders.
+    The order with the smaller mean bone length wins.  Raises ValueError where the other's is not 1.25 times as long,
+    or fewer than 30 bones are seen in either, and for other numbers of keypoints.
+    """
+    fitting = [model for model, names in JOINTS.items() if len(names) == people.shape[1]]
+    if not fitting:
+        known = ", ".join(f"{model} {len(names)}" for model, names in JOINTS.items())
+        raise ValueError(f"{people.shape[1]} keypoints a person, which no model has: {known}")
+    if len(fitting) == 1:
+        return fitting[0]
+    length = {}
+    for model in fitting:
+        a, b = np.array(BODY_BONES[model]).T
+        bones = np.linalg.norm(people[:, a, :2] - people[:, b, :2], axis=-1)  # (N, bones)
+        bones = bones[np.isfinite(bones)]
+        length[model] = float(bones.mean()) if len(bones) >= 30 else np.nan
+    short, long = sorted(length, key=length.get)
+    if not length[long] >= 1.25 * length[short]:
+        raise ValueError(f"cannot tell {' from '.join(fitting)} (mean bone, px: {length}): pass model=")
+    return short
+
+
+def stature(X: np.ndarray, model: str) -> float:
+    """How tall a person is, from joints in space (T, J, 3): the medians of trunk and legs, over their part of a body.
+
+    The parts are those of grown people, who are 1.1 (nose to ankle) of their sum tall.  In the unit of X; nan where no
+    part is seen.
+    """
+    parts = {("nose", "sho"): 0.15, ("sho", "hip"): 0.285, ("hip", "kne"): 0.245, ("kne", "ank"): 0.24}
+    place = {name: number for number, name in enumerate(JOINTS[model])}
+    length = share = 0.0
+    for (a, b), part in parts.items():
+        ends = [(place[a] if a == "nose" else place[side + a], place[side + b]) for side in "lr"]
+        sides = np.array([np.linalg.norm(X[:, i] - X[:, j], axis=-1) for i, j in ends])
+        if np.isfinite(sides).any():
+            length, share = length + float(np.nanmedian(sides)), share + part
+    return length / share if share else np.nan

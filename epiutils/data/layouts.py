@@ -1,0 +1,194 @@
+"""Where programs put a recording's calibration, detections and videos, and which belong to which camera.
+
+Folders are Pose2Sim's, in the order in which it takes them: `pose-associated` (one person kept a place), `pose-sync`
+(cameras shifted in time), `pose`; or the recording's own folder.  In each, a folder a camera with a JSON file a frame
+(OpenPose, RTMPose), or one JSON file a camera for all frames (AlphaPose).  Files whose names begin with a dot, which
+systems leave there, are no data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from epiutils.data.files import check_file, read_bytes, reading
+
+POSES = ("pose-associated", "pose-sync", "pose")
+_VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".webm")
+
+
+def find_calib(path: Path) -> Path:
+    """The one rig file of a recording: in its folder or `calibration/`, else one level up, beside the trials.
+
+    Raises ValueError where there is none, or several.
+    """
+    for place in (path, path.resolve().parent):
+        folders = [place, *(f for f in _visible(place) if f.is_dir() and f.name.lower().startswith("calib"))]
+        files = [f for folder in folders for f in _visible(folder) if not f.is_dir()]
+        for fits in (r".*calib.*\.toml|camera_array\.toml", r".*\.qca(\.txt|\.xml)?"):
+            found = [f for f in files if re.fullmatch(fits, f.name.lower())]
+            if len(found) == 1:
+                return check_file(found[0], within=place)
+            if found:
+                break
+        if found:
+            break
+    raise ValueError(
+        f"{path}: expected one Calib*.toml or *.qca.txt here, in calibration/ or one level up, found {list(map(str, found))}"
+    )
+
+
+def find_detections(
+    path: Path, names: Sequence[str], say: Callable[[str], None]
+) -> tuple[Path, tuple[Path | None, ...]]:
+    """The folder that holds the detections, and in it the folder or file of each camera, None where it has none.
+
+    say: is told what was matched otherwise than by name.  Raises ValueError naming both sides where folders are left
+    over, or none is there.
+    """
+    below, entries = path, []
+    for name in (*POSES, "."):
+        below = path / name
+        here = _visible(below) if below.is_dir() else []
+        entries = [f for f in here if f.is_dir() and any(g.suffix == ".json" for g in _visible(f))]
+        entries = entries or [f for f in here if f.suffix == ".json" and f.is_file()]
+        if entries:
+            break
+    found, strays = _match(names, entries, below, say)
+    bare = [name for name, entry in zip(names, found, strict=True) if entry is None]
+    if strays or len(bare) == len(names):
+        raise ValueError(
+            f"{below}: cameras without a folder of JSON files: {bare}; "
+            f"folders of JSON files without a calibration: {strays}"
+        )
+    if bare:
+        say(f"{below}: calibrated, but without detections, and left out: {', '.join(bare)}")
+    return below, found
+
+
+def find_videos(path: Path, names: Sequence[str], say: Callable[[str], None]) -> tuple[Path | None, ...]:
+    """The video of each camera, here or in `videos/`; those left over, and cameras without, are told to `say`."""
+    places = [place for place in (path, path / "videos") if place.is_dir()]
+    videos = [f for place in places for f in _visible(place) if f.suffix.lower() in _VIDEOS]
+    found, strays = _match(names, videos, path, say)
+    bare = [name for name, video in zip(names, found, strict=True) if video is None and any(found)]
+    if strays or bare:
+        say(f"{path}: videos of no calibrated camera: {strays}; cameras without a video: {bare}")
+    return found
+
+
+def read_frames(entry: Path, limit: int, within: Path) -> dict[int, list[np.ndarray]]:
+    """The people (J, 3) of each frame number that a camera's folder, or its one file, holds.
+
+    An undetected joint is nan, nan, 0; a place without anybody stays, as an array of no joints.
+    """
+    if not entry.resolve().is_relative_to(within.resolve()):
+        raise ValueError(f"{entry} leads out of {within}: only what is inside is read")
+    files = [entry] if entry.is_file() else [f for f in _visible(entry) if f.suffix == ".json"]
+    if entry.is_file() or (len(files) == 1 and not re.search(r"\d", files[0].stem)):
+        return _of_alphapose(files[0], limit, within)
+    return {number: _of_openpose(file, limit, within) for number, file in _numbered(entry, files).items()}
+
+
+def _of_openpose(file: Path, limit: int, within: Path) -> list[np.ndarray]:
+    data = read_bytes(file, limit, within if file.is_symlink() else None)
+    with reading(file, "OpenPose's people: [pose_keypoints_2d: [x, y, c …]]"):
+        people = [
+            np.asarray(() if person == {} else person["pose_keypoints_2d"], dtype=np.float64)  # {}: not seen here
+            for person in json.loads(data)["people"]
+        ]
+    return [_keypoints(person, file, i) for i, person in enumerate(people)]
+
+
+def _of_alphapose(file: Path, limit: int, within: Path) -> dict[int, list[np.ndarray]]:
+    data, frames = read_bytes(file, 64 * limit, within), {}
+    with reading(file, "AlphaPose's [{image_id, keypoints: [x, y, c …]}, …]"):
+        for i, found in enumerate(json.loads(data)):
+            digits = re.findall(r"\d+", Path(str(found["image_id"])).stem or str(found["image_id"]))
+            person = np.asarray(found["keypoints"], dtype=np.float64)
+            frames.setdefault(_number(digits[-1:], file), []).append(_keypoints(person, file, i))
+    return frames
+
+
+def _keypoints(person: np.ndarray, file: Path, place: int) -> np.ndarray:
+    """A person's numbers as (J, 3), checked; nan, nan, 0 where a joint is undetected, no joints where all are."""
+    if person.ndim != 1 or person.size % 3:
+        raise ValueError(f"{file}: person {place}: expected 3 numbers a keypoint, got shape {person.shape}")
+    person = person.reshape(-1, 3)
+    if not (np.abs(person) < 1e6).all() or (person[:, 2] < 0).any():
+        raise ValueError(f"{file}: person {place}: a number is not finite, a million or more, or a negative confidence")
+    if not (person[:, 2] > 0).any():
+        return person[:0]
+    return np.where(person[:, 2:] > 0, person, (np.nan, np.nan, 0))
+
+
+def _numbered(folder: Path, files: list[Path]) -> dict[int, Path]:
+    """The folder's JSON files by frame number: the last number in the name, `cam01_000000000012_keypoints.json`."""
+    numbered = {}
+    for file in files:
+        number = _number(re.findall(r"\d+", file.stem)[-1:], file)
+        if (other := numbered.setdefault(number, file)) is not file:
+            raise ValueError(f"{folder}: {other.name} and {file.name} are both frame {number}")
+    return numbered
+
+
+def _number(digits: list[str], file: Path) -> int:
+    if not digits:
+        raise ValueError(f"{file}: no frame number in the name")
+    if len(digits[0]) > 15:
+        raise ValueError(f"{file}: no frame has a number of {len(digits[0])} digits")
+    return int(digits[0])
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+
+
+def _match(
+    names: Sequence[str], entries: list[Path], where: Path, say: Callable[[str], None]
+) -> tuple[tuple[Path | None, ...], list[str]]:
+    """The folder or file of each camera, and the names of those left over.
+
+    By name (cam_01, CAM01, cam01_json are one), else by the last or the first number in it (int_cam01_img and cam_1),
+    else, where no name fits and there are as many of both, by order.
+    """
+    plain = {_plain(name): name for name in names}
+    by_name = {}
+    for entry in entries:
+        key = _plain(entry.name if entry.is_dir() else entry.stem)
+        camera = plain.get(key, plain.get(re.sub(r"(json|pose|keypoints|alphaposeresults)$", "", key)))
+        if camera is None:
+            continue
+        if (other := by_name.setdefault(camera, entry)) is not entry:
+            raise ValueError(f"{other} and {entry} both belong to camera {camera}")
+    left = [entry for entry in entries if entry not in by_name.values()]
+    for which in (-1, 0) if left else ():
+        number = {name: _which(name, which) for name in names}
+        of_entry = {entry: _which(entry.stem, which) for entry in entries}
+        known, wanted = list(number.values()), list(of_entry.values())
+        unique = len(set(known)) == len(known) and len(set(wanted)) == len(wanted) and None not in wanted
+        agree = all(number[name] == of_entry[entry] for name, entry in by_name.items())
+        if unique and agree and set(wanted) <= set(known):
+            back = {value: entry for entry, value in of_entry.items()}
+            return tuple(back.get(number[name]) for name in names), []
+    if left and not by_name and len(entries) == len(names):
+        order = sorted(entries, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(20), entry.name))
+        pairs = ", ".join(f"{name} = {entry.name}" for name, entry in zip(names, order, strict=True))
+        say(
+            f"{where}: cameras of the calibration matched by order, as no name or number fits: {pairs}; see that it is so"
+        )
+        return tuple(order), []
+    return tuple(by_name.get(name) for name in names), [entry.name for entry in left]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _which(name: str, which: int) -> int | None:
+    numbers = re.findall(r"\d+", re.sub(r"(?i)[ _.-](json|2d|3d)$", "", name))
+    return int(numbers[which][:15]) if numbers else None
