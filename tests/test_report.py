@@ -96,7 +96,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in report.THREADS:
             patch.setenv(name, os.environ.get(name, report.THREADS[name]))
-        assert make("-p", "slope", "2", "--publish") == 0
+        assert make("-p", "slope", "2", "--publish", str(folder)) == 0
         yield folder / "out", make
 
 
@@ -200,13 +200,14 @@ def test_what_is_published_lies_beside_the_report_and_links_to_the_notebooks(mad
 
 def test_publishing_replaces_figures_and_keeps_numbers_of_others(tmp_path):
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "old.png").touch()
+    for name in ("05_old.png", "photo.png"):
+        (tmp_path / "figures" / name).touch()
     story.write_metrics(tmp_path / "metrics.json", {"real.x": 1, "old.x": 1}, {})
     path = notebook(tmp_path / "nb" / "01_first.ipynb", "# One")
     story.build([path], tmp_path / "out", META, partial=False, publish=tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"meta": META, "old": {"x": 1}, "real": {"x": 1}}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"meta": META}
-    assert not list((tmp_path / "figures").iterdir())
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["photo.png"]
 
 
 @pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>", "<b>[a](b)*c*`d`_e_|", "a & b %"])

@@ -34,7 +34,10 @@ LATEST = _ROOT / "reports" / "latest"
 # One number of threads everywhere, because it decides the last digits of a sum (the Makefile says the same).
 THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
 _QUIET = ["--log-level=CRITICAL"]  # the kernel's own log, which has nothing for the reader
-_TO_LATEST = '<!DOCTYPE html>\n<meta http-equiv="refresh" content="0; url=latest/index.html">\n<a href="latest/index.html">The report</a>\n'
+_TO_LATEST = """<!DOCTYPE html>
+<meta http-equiv="refresh" content="0; url=latest/index.html">
+<a href="latest/index.html">The report</a>
+"""
 
 
 # Parameters
@@ -207,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook's parameter")
     add("--only", nargs="+", metavar="NN", help="these notebooks, by the start of their names")
     add("--resume", action="store_true", help="skip notebooks that are done and unchanged")
-    add("--publish", action="store_true", help="also make anew what is committed, in the folder that holds --out")
+    add("--publish", type=Path, nargs="?", const=LATEST.parent, metavar="FOLDER",
+        help="also make anew what is committed there (%(const)s)")  # fmt: skip
     add("--refresh", action="store_true", help="store the outputs in the notebooks instead of a report")
     add("--out", type=Path, default=LATEST, help="where the report goes (%(default)s)")
     add("--notebooks", type=Path, default=_ROOT / "notebooks", help="where they are (%(default)s)")
@@ -226,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ |= {name: os.environ.get(name, value) for name, value in THREADS.items()}
 
     notebooks, args.out = sorted(args.notebooks.resolve().glob("[0-9]*.ipynb")), args.out.resolve()
-    chosen = [n for n in notebooks if any(n.name.startswith(start) for start in args.only or [""])]
+    chosen = [n for n in notebooks if n.name.startswith(tuple(args.only or [""]))]
     idle = [start for start in args.only or [] if not any(n.name.startswith(start) for n in notebooks)]
     if idle or not chosen:
         parser.error(f"no notebook {' '.join(idle)} in {args.notebooks}; there are: {[n.stem for n in notebooks]}")
@@ -239,7 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.get("dataset"):
             given["dataset"] = _folder("dataset", given["dataset"], _ROOT / "data" / given["dataset"])
         parameters = _choose_parameters(chosen, given, {"profile": args.profile})
-        _check_writable("--notebooks" if args.refresh else "--out", args.notebooks if args.refresh else args.out)
+        for option in ("notebooks",) if args.refresh else ("out", "publish") if args.publish else ("out",):
+            _check_writable(f"--{option}", getattr(args, option))
     except ValueError as error:
         parser.error(str(error))
     if args.refresh:
@@ -280,12 +285,11 @@ def _report(args: argparse.Namespace, notebooks: list[Path], parameters: dict[Pa
     stopped = ""
     if failure or interrupted:
         stopped = f"{notebook.stem if notebook else 'The report'} {'was interrupted' if interrupted else 'failed'}."
-    publish = args.out.parent if args.publish and not stopped else None
-    build(notebooks, args.out, meta, bool(stopped or args.only), stopped, publish)
+    build(notebooks, args.out, meta, bool(stopped or args.only), stopped, None if stopped else args.publish)
     if args.out == LATEST:
         write(args.out.parent / "index.html", _TO_LATEST)
     print(
-        f"{stopped} What was done is kept; go on with --resume. " if stopped else "",
+        *[f"{stopped} What was done is kept; go on with --resume."] if stopped else [],
         args.out / "index.html",
         flush=True,
     )

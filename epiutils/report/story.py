@@ -69,10 +69,12 @@ def build(
     if publish:
         known, beside = write_metrics(publish / "metrics.json", flat, meta, False), notebooks[0].parent
         write(publish / "README.md", story("README.md.j2", known, **said, beside=os.path.relpath(beside, publish)))
-        shutil.rmtree(publish / "figures", ignore_errors=True)
-        (publish / "figures").mkdir()
+        to = publish / "figures"
+        to.mkdir(exist_ok=True)
+        for path in (*to.glob("[0-9]*.png"), *to.glob("[0-9]*.svg")):
+            path.unlink()
         for path in (path for figure in figures for path in (out / "figures").glob(f"{figure['name']}.*")):
-            shutil.copy(path, publish / "figures")
+            shutil.copy(path, to)
 
 
 def story(template: str, numbers: dict, figures: list[dict], nav: list[dict], **said) -> str:
