@@ -39,8 +39,9 @@ def find_fundamental(
     give the same F.
 
     x_src, x_ref: (N, 2) px, N ≥ 8.  Returns F (3, 3) of rank 2 and unit norm, and the inliers (N,) bool.
-    Raises ValueError where no F follows from the points: too few, repeated, collinear, all on one plane
-    or conic with the cameras, not finite; and where OpenCV finds none.
+    Raises ValueError where no F follows from the points, and says what they look like: too few, repeated, collinear,
+    all on one plane (within their noise, too), all on a quadric with the cameras, not finite; and where OpenCV finds
+    no F.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -61,6 +62,12 @@ def find_fundamental(
         raise ValueError(f"OpenCV's {method} found no fundamental matrix in {len(x_src)} points")
     inliers = inliers.ravel().astype(bool)
     _check_determined(x_src[inliers], x_ref[inliers], f"the {inliers.sum()} inliers that {method} kept")
+    robust = F
+    if method in ("8point", "lmeds"):  # outliers, or too few points, may have drawn their F away
+        other, _ = cv2.findFundamentalMat(x_src, x_ref, METHODS["magsac"], threshold, confidence, max_iterations)
+        candidates = [F, other] if np.shape(other) == (3, 3) else [F]
+        robust = max(candidates[::-1], key=lambda F: (sampson_distance(F, x_src, x_ref) <= threshold).sum())
+    _check_noise(robust, x_src, x_ref, threshold)
     return _rank_two(F, _hartley(x_src), _hartley(x_ref)), inliers
 
 
@@ -182,6 +189,63 @@ def _check_determined(x_src: np.ndarray, x_ref: np.ndarray, what: str) -> None:
             f"{what} are degenerate (rank {rank} of the 8 needed): many fundamental matrices fit them, as for "
             "points of one plane, or cameras that share their centre"
         )
+
+
+def _check_noise(F: np.ndarray, x_src: np.ndarray, x_ref: np.ndarray, threshold: float) -> None:
+    """Raise ValueError if, within their noise, many fundamental matrices fit the correspondences of F as well.
+
+    The noise is what the best fit leaves.  On one plane there is a family of F of three dimensions, and three fits are
+    alike (QDEGSAC: Frahm & Pollefeys, CVPR 2006); its member with the most inliers is one that bends to outliers, so
+    as many as half of these are left out with the points farthest from a homography (DEGENSAC: Chum et al., CVPR 2005).
+    """
+    distance, reach = sampson_distance(F, x_src, x_ref), threshold
+    for _ in range(20):  # the correspondences within three standard deviations
+        kept = distance <= reach
+        n = int(kept.sum())
+        if n < 9:  # any eight fit some F exactly, and do not tell their noise
+            return
+        reach = max(3 * 1.4826 * np.median(distance[kept]) * (1 + 5 / (n - 8)), 1e-6)
+    a, b = x_src[kept], x_ref[kept]
+    spare = min((len(x_src) - n) // 2, n - 9)
+    H = cv2.findHomography(a, b, cv2.LMEDS)[0] if spare > 0 else None
+    if H is not None:
+        n = n - spare
+        nearest = np.linalg.norm(b - cv2.perspectiveTransform(a[None], H)[0], axis=1).argsort()[:n]
+        a, b = a[nearest], b[nearest]
+    _check_determined(a, b, f"the {n} points that agree")
+    fits = _rms_of_fits(a, b)
+    noise = fits[0] * np.sqrt(n / (n - 8))
+    look, x, places = "", np.hstack([a, b]), 0
+    while len(x) and places < 8:
+        x, places = x[np.linalg.norm(x - x[0], axis=1) > 8 * noise], places + 1
+    widths = [np.linalg.svd(y - y.mean(0), compute_uv=False)[1] / np.sqrt(n) for y in (a, b)]
+    if places < 8:
+        look = f"only {places} different points"
+    elif min(widths) < 2 * noise:
+        look = f"points collinear in {('x_src', 'x_ref')[np.argmin(widths)]}"
+    elif fits[2] < min(2.5, 1.5 + 20 / n) * fits[0]:  # about the 99th percentile on planes, from 30 points on
+        look = "points of one plane (a homography fits them as well), or cameras that share their centre"
+    if look:
+        raise ValueError(
+            f"the {n} points that agree are degenerate within their noise of {noise:.2g} px: they look like {look}, "
+            "and many fundamental matrices fit them"
+        )
+
+
+def _rms_of_fits(x_src: np.ndarray, x_ref: np.ndarray) -> np.ndarray:
+    """To how many px the best F, the next best, … of eight independent ones fit correspondences (N, 2): (8,) ascending.
+
+    √(fᵀAᵀA f / fᵀN f), stationary in f: A is the 8-point system, N its covariance for noise of 1 px in each coordinate
+    (Taubin, TPAMI 1991).  Where many F fit equally well, several values are alike: each is the noise.
+    """
+    T_src, T_ref = _hartley(x_src), _hartley(x_ref)
+    a, b = homogeneous(x_src) @ T_src.T, homogeneous(x_ref) @ T_ref.T
+    system = (b[:, :, None] * a[:, None, :]).reshape(-1, 9)
+    px_src, px_ref = (np.diag([T[0, 0] ** 2, T[0, 0] ** 2, 0]) for T in (T_src, T_ref))
+    N = (np.kron(px_ref, a.T @ a) + np.kron(b.T @ b, px_src))[:8, :8]
+    A = system[:, :8] - system[:, :8].mean(0)  # the ninth, constant entry is free of noise, and takes up the mean
+    singular = np.linalg.svd(A @ np.linalg.inv(np.linalg.cholesky(N)).T, compute_uv=False)
+    return np.sort(singular)
 
 
 def _hartley(x: np.ndarray) -> np.ndarray:
