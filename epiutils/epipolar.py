@@ -192,11 +192,12 @@ def _check_determined(x_src: np.ndarray, x_ref: np.ndarray, what: str) -> None:
 
 
 def _check_noise(F: np.ndarray, x_src: np.ndarray, x_ref: np.ndarray, threshold: float) -> None:
-    """Raise ValueError if, within their noise, many fundamental matrices fit the correspondences of F as well.
+    """Raise ValueError if, within their noise, many fundamental matrices fit the inliers of F as well as F does.
 
-    The noise is what the best fit leaves.  On one plane there is a family of F of three dimensions, and three fits are
-    alike (QDEGSAC: Frahm & Pollefeys, CVPR 2006); its member with the most inliers is one that bends to outliers, so
-    as many as half of these are left out with the points farthest from a homography (DEGENSAC: Chum et al., CVPR 2005).
+    The noise is what the best fit leaves.  To points of one plane fits a family of F of three dimensions, so that three
+    fits are alike (QDEGSAC: Frahm & Pollefeys, CVPR 2006).  The member of that family with the most inliers is one that
+    outliers fit by chance, so some inliers, half as many as there are outliers, are left out: those that a homography
+    fits least (DEGENSAC: Chum et al., CVPR 2005).
     """
     distance, reach = sampson_distance(F, x_src, x_ref), threshold
     for _ in range(20):  # the correspondences within three standard deviations
@@ -220,7 +221,7 @@ def _check_noise(F: np.ndarray, x_src: np.ndarray, x_ref: np.ndarray, threshold:
         x, places = x[np.linalg.norm(x - x[0], axis=1) > 8 * noise], places + 1
     widths = [np.linalg.svd(y - y.mean(0), compute_uv=False)[1] / np.sqrt(n) for y in (a, b)]
     if places < 8:
-        look = f"only {places} different points"
+        look = "fewer than 8 different points"
     elif min(widths) < 2 * noise:
         look = f"points collinear in {('x_src', 'x_ref')[np.argmin(widths)]}"
     elif fits[2] < min(2.5, 1.5 + 20 / n) * fits[0]:  # about the 99th percentile on planes, from 30 points on
@@ -233,10 +234,12 @@ def _check_noise(F: np.ndarray, x_src: np.ndarray, x_ref: np.ndarray, threshold:
 
 
 def _rms_of_fits(x_src: np.ndarray, x_ref: np.ndarray) -> np.ndarray:
-    """To how many px the best F, the next best, … of eight independent ones fit correspondences (N, 2): (8,) ascending.
+    """How well eight independent F fit correspondences, the best first: root mean square distances in px.
 
-    √(fᵀAᵀA f / fᵀN f), stationary in f: A is the 8-point system, N its covariance for noise of 1 px in each coordinate
-    (Taubin, TPAMI 1991).  Where many F fit equally well, several values are alike: each is the noise.
+    They are √(fᵀAᵀA f / fᵀN f) where it is stationary in f, with A the 8-point system and N its covariance for noise of
+    1 px in each coordinate (Taubin, TPAMI 1991).  Where many F fit alike, several of them are the noise.
+
+    x_src, x_ref: (N, 2) px.  Returns (8,), ascending.
     """
     T_src, T_ref = _hartley(x_src), _hartley(x_ref)
     a, b = homogeneous(x_src) @ T_src.T, homogeneous(x_ref) @ T_ref.T
@@ -244,8 +247,7 @@ def _rms_of_fits(x_src: np.ndarray, x_ref: np.ndarray) -> np.ndarray:
     px_src, px_ref = (np.diag([T[0, 0] ** 2, T[0, 0] ** 2, 0]) for T in (T_src, T_ref))
     N = (np.kron(px_ref, a.T @ a) + np.kron(b.T @ b, px_src))[:8, :8]
     A = system[:, :8] - system[:, :8].mean(0)  # the ninth, constant entry is free of noise, and takes up the mean
-    singular = np.linalg.svd(A @ np.linalg.inv(np.linalg.cholesky(N)).T, compute_uv=False)
-    return np.sort(singular)
+    return np.linalg.svd(A @ np.linalg.inv(np.linalg.cholesky(N)).T, compute_uv=False)[::-1]
 
 
 def _hartley(x: np.ndarray) -> np.ndarray:
