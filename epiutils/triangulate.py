@@ -23,11 +23,6 @@ _PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays m
 _NEAREST = 1e-3  # metres from a camera's plane within which there is no scene, only where rays of one centre meet
 
 
-def projection_matrices(K, R, t):
-    """P = K [R | t] of many cameras (H&Z 6.8): K, R (..., 3, 3) and t (..., 3) → (..., 3, 4)."""
-    return K @ array_namespace(K, R, t).concat([R, t[..., None]], axis=-1)
-
-
 def project(X, P):
     """Pixels of a point in each view, x ~ P (X, 1) (H&Z 6.1).
 

@@ -46,7 +46,6 @@ from epiutils.studies.predicted import (
     triangulated,
 )
 from epiutils.studies.runs import WithNext
-from epiutils.triangulate import projection_matrices
 
 TEST = ((9,), 1, 1, 30_000)  # 14 instants
 
@@ -152,7 +151,9 @@ def test_some_instants_and_some_views_are_those_of_every_field():
     for name in ("output", "K", "R", "t", "joints", "target", "weight", "visible"):
         assert torch.equal(getattr(some, name), getattr(predicted, name)[:, [2, 0]]), name
     assert len(predicted[:0]) == 0 and replace(predicted, target=None)[1:].target is None
-    np.testing.assert_allclose(predicted.P, projection_matrices(predicted.K, predicted.R, predicted.t))
+    X = torch.tensor([0.3, -0.2, 1.1], dtype=predicted.K.dtype)
+    image = (predicted.K @ (predicted.R @ X + predicted.t)[..., None])[..., 0]
+    np.testing.assert_allclose(predicted.P @ torch.cat([X, X.new_ones(1)]), image)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -15,7 +15,6 @@ from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render, soft_argmax
 from epiutils.triangulate import (
     best_subset,
     project,
-    projection_matrices,
     reprojection_error,
     triangulate,
     triangulate_heatmaps,
@@ -78,18 +77,14 @@ def likeliest(start, points, cameras, weights, scale):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_projection_is_the_cameras_and_opencvs(seed):
     cameras, X = rig(seed), world_points(seed)
-    K, R, t = (np.stack([getattr(camera, name) for camera in cameras]) for name in "KRt")
-    P = projection_matrices(K, R, t)
-    np.testing.assert_allclose(P, matrices(cameras))
-    tensors = projection_matrices(*(torch.from_numpy(a) for a in (K, R, t)))
-    np.testing.assert_allclose(tensors, P)
+    P = matrices(cameras)
     pixels = project(X, P)
     assert pixels.shape == (40, 4, 2)
     for v, camera in enumerate(cameras):
         np.testing.assert_allclose(pixels[:, v], camera.project(X))
         opencv, _ = cv2.projectPoints(X, cv2.Rodrigues(camera.R)[0], camera.t, camera.K, None)
         np.testing.assert_allclose(pixels[:, v], opencv[:, 0])
-    np.testing.assert_allclose(project(torch.from_numpy(X), tensors), pixels)
+    np.testing.assert_allclose(project(torch.from_numpy(X), torch.from_numpy(P)), pixels)
     scales = np.array([2, -1, -1e-4, 1e5])[:, None, None]
     np.testing.assert_allclose(project(X, scales * P), pixels)
 
