@@ -1,26 +1,36 @@
-"""The original module, its second attempt, and a literal triple loop: one function of nine weights."""
+"""The fusion modules against literal loops: the original's nine weights, twice; the repaired one, and what makes it safe."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from rigs import camera_pair, random_maps
+from rigs import brute_convolution, brute_members, camera_pair, heatmap_F, look_at, random_maps, rig, views_F
 from scipy.signal import correlate2d
 
-from epiutils.epipolar import fundamental_from_cameras, transfer
-from epiutils.fusion import OriginalFusion, SimpleFusion
+from epiutils.fusion import (
+    OriginalFusion,
+    RepairedFusion,
+    SimpleFusion,
+    of_sources,
+    pairs,
+    sum_at_references,
+    view_pairs,
+)
+from epiutils.heatmaps import hit_loss, render
 from epiutils.redirect import Pencil
+
+# The original and the second attempt
 
 SHAPE, REFERENCE = (7, 10), (9, 6)
 WEIGHTS = torch.tensor([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6], [0.7, 0.8, 0.9]])  # no symmetry hides a flip
+BOTH = [OriginalFusion, SimpleFusion]
 
 
-def rig(seed, shape=SHAPE, reference=REFERENCE):
+def pair_F(seed):
     """F between the heatmaps of two seeded cameras."""
-    pair = camera_pair(seed)
-    A = [np.diag([w / c.size[0], h / c.size[1], 1]) for c, (h, w) in zip(pair, (shape, reference), strict=True)]
-    return torch.from_numpy(transfer(fundamental_from_cameras(*pair), *A))
+    return torch.from_numpy(heatmap_F(camera_pair(seed), SHAPE, REFERENCE))
 
 
 def modules(initial=WEIGHTS, **settings):
@@ -29,7 +39,7 @@ def modules(initial=WEIGHTS, **settings):
     return original.double(), SimpleFusion(initial=initial, **settings).double()
 
 
-def maps(seed, batch=2, joints=3):
+def pair_maps(seed, batch=2, joints=3):
     return random_maps(batch, joints, *SHAPE, seed=seed), random_maps(batch, joints, *REFERENCE, seed=seed + 50)
 
 
@@ -38,25 +48,9 @@ def the_nine(module):
     return weight
 
 
-def literal_fusion(source, reference, F, w, threshold):
-    """One pair of maps: for each source pixel weigh its window, then visit each reference pixel."""
-    H, W = source.shape
-    padded = np.zeros((H + 2, W + 2))
-    padded[1:-1, 1:-1] = source
-    fused = reference.copy()
-    for y in range(H):
-        for x in range(W):
-            value = sum(w[u][v] * padded[y + u][x + v] for u in range(3) for v in range(3))
-            a, b, c = F @ np.array([x, y, 1.0])
-            for y_ref in range(fused.shape[0]):
-                for x_ref in range(fused.shape[1]):
-                    if abs(a * x_ref + b * y_ref + c) / np.hypot(a, b) <= threshold:
-                        fused[y_ref, x_ref] += value
-    return fused
-
-
-@pytest.mark.parametrize("module", [OriginalFusion(), SimpleFusion()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("module", BOTH)
 def test_there_are_exactly_nine_trainable_parameters_and_nothing_else_is_stored(module):
+    module = module()
     assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 9
     assert sum(p.numel() for p in module.parameters()) == sum(v.numel() for v in module.state_dict().values()) == 9
     bound = the_nine(module).abs().max()
@@ -65,20 +59,20 @@ def test_there_are_exactly_nine_trainable_parameters_and_nothing_else_is_stored(
 
 @pytest.mark.parametrize("threshold", [1.0, 3.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_both_modules_are_the_literal_triple_loop(seed, threshold):
-    (source, reference), F = maps(seed, 1, 2), rig(seed)
+def test_both_modules_are_the_literal_loops_over_windows_and_bands(seed, threshold):
+    (source, reference), F = pair_maps(seed, 1, 2), pair_F(seed)
+    bands = brute_members(F, SHAPE, threshold, REFERENCE)
     for module in modules(threshold=threshold):
         fused = module(source, reference, F).detach()
         for j in range(2):
-            arrays = (a[0, j].numpy() for a in (source, reference))
-            expected = literal_fusion(*arrays, F.numpy(), WEIGHTS.double().numpy(), threshold)
-            np.testing.assert_allclose(fused[0, j], expected, atol=1e-10)
+            ridge = bands @ brute_convolution(source[0, j], WEIGHTS.double().numpy()).ravel()
+            np.testing.assert_allclose(fused[0, j] - reference[0, j], ridge.reshape(REFERENCE), atol=1e-10)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["plain", "sigmoid"])
 @pytest.mark.parametrize("seed", range(5))
 def test_original_and_simple_agree_in_values_and_gradients(seed, sigmoid):
-    (source, reference), F = maps(seed), torch.stack([rig(seed), rig(seed + 20)])
+    (source, reference), F = pair_maps(seed), torch.stack([pair_F(seed), pair_F(seed + 20)])
     results = []
     for module in modules(threshold=1.0, sigmoid=sigmoid, initial=WEIGHTS / 20):
         s, r = source.clone().requires_grad_(), reference.clone().requires_grad_()
@@ -101,13 +95,10 @@ def test_the_convolution_is_scipys_correlation_with_zeros_around():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_of_each_weight_is_that_of_finite_differences(seed):
-    (source, reference), F = maps(seed), rig(seed)
+    (source, reference), F = pair_maps(seed), pair_F(seed)
     for module in modules(sigmoid=True, initial=WEIGHTS / 20):
         weight = the_nine(module)
-
-        def loss(module=module):
-            return module(source, reference, F).square().sum()
-
+        loss = lambda module=module: module(source, reference, F).square().sum()
         (gradient,) = torch.autograd.grad(loss(), weight)
         for i in range(9):
             both = []
@@ -119,22 +110,18 @@ def test_the_gradient_of_each_weight_is_that_of_finite_differences(seed):
             torch.testing.assert_close(gradient.flatten()[i], (both[0] - both[1]) / 2e-5, rtol=1e-6, atol=1e-6)
 
 
-def test_the_fused_heatmap_is_affine_in_the_weights():
-    (source, reference), F = maps(1), rig(1)
-    fused = [m(source, reference, F) for w in (WEIGHTS, 3 * WEIGHTS, 0 * WEIGHTS) for m in modules(initial=w)[:1]]
+def test_the_fused_heatmap_is_affine_in_the_weights_and_the_sigmoid_squashes_it():
+    (source, reference), F = pair_maps(1), pair_F(1)
+    fused = [modules(initial=w)[0](source, reference, F) for w in (WEIGHTS, 3 * WEIGHTS, 0 * WEIGHTS)]
     torch.testing.assert_close(fused[2], reference, check_dtype=False)
     torch.testing.assert_close(fused[1] - reference, 3 * (fused[0] - reference), rtol=1e-5, atol=1e-6)
-
-
-def test_the_sigmoid_squashes_the_sum():
-    (source, reference), F = maps(2), rig(2)
     for plain, squashed in zip(modules(), modules(sigmoid=True), strict=True):
         expected = 1 / (1 + torch.exp(-plain(source, reference, F)))
         torch.testing.assert_close(squashed(source, reference, F), expected)
 
 
 def test_the_methods_and_a_pencil_agree():
-    (source, reference), F = maps(3, 1, 2), rig(3)
+    (source, reference), F = pair_maps(3, 1, 2), pair_F(3)
     for dense, loop, fast in zip(*(modules(method=m) for m in ("dense", "loop", "pencil")), strict=True):
         expected = dense(source, reference, F)
         torch.testing.assert_close(fast(source, reference, F), expected)
@@ -142,24 +129,20 @@ def test_the_methods_and_a_pencil_agree():
         torch.testing.assert_close(fast(source, reference, Pencil.from_fundamental(F, SHAPE, 1.0, REFERENCE)), expected)
 
 
-def test_a_batch_equals_a_loop_over_it():
-    (source, reference), F = maps(4), torch.stack([rig(4), rig(5)])
-    for module in modules():
-        looped = [module(s, r, f) for s, r, f in zip(source, reference, F, strict=True)]
-        torch.testing.assert_close(module(source, reference, F), torch.stack(looped))
-
-
-def test_joints_do_not_mix():
-    (source, reference), F = maps(5), rig(5)
+def test_a_batch_equals_a_loop_over_it_and_joints_do_not_mix():
+    (source, reference), F = pair_maps(4), torch.stack([pair_F(4), pair_F(5)])
     changed = source.clone()
     changed[:, 1] += 1
     for module in modules():
-        difference = module(changed, reference, F) - module(source, reference, F)
+        fused = module(source, reference, F)
+        looped = [module(s, r, f) for s, r, f in zip(source, reference, F, strict=True)]
+        torch.testing.assert_close(fused, torch.stack(looped))
+        difference = module(changed, reference, F) - fused
         assert difference[:, 1].abs().max() > 0.1 and not difference[:, [0, 2]].any()
 
 
 def test_float32_is_the_default_and_inputs_stay_as_they_were():
-    (source, reference), F = (m.float() for m in maps(6)), rig(6)
+    (source, reference), F = (m.float() for m in pair_maps(6)), pair_F(6)
     before = source.clone(), reference.clone(), F.clone()
     for module in (OriginalFusion(shape=SHAPE, initial=WEIGHTS), SimpleFusion(initial=WEIGHTS)):
         assert module(source, reference, F).dtype == torch.float32
@@ -167,15 +150,12 @@ def test_float32_is_the_default_and_inputs_stay_as_they_were():
         assert torch.equal(old, new)
 
 
-def test_the_initial_weights_are_copied():
+def test_the_initial_weights_are_copied_and_move_to_a_copy_by_state_dict():
     initial = WEIGHTS.clone()
-    for module in (OriginalFusion(initial=initial), SimpleFusion(initial=initial)):
+    for module in (make(initial=initial) for make in BOTH):
         with torch.no_grad():
             the_nine(module).zero_()
         assert torch.equal(initial, WEIGHTS)
-
-
-def test_weights_move_from_one_module_to_its_copy_by_state_dict():
     original = OriginalFusion(shape=SHAPE)
     other = copy.deepcopy(original)
     torch.nn.init.zeros_(other.weight)
@@ -183,38 +163,224 @@ def test_weights_move_from_one_module_to_its_copy_by_state_dict():
     assert torch.equal(other.weight, original.weight)
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_bad_input_of_either_module_is_named(make):
+    with pytest.raises(ValueError, match=r"initial weights must be \(3, 3\), got \(9,\)"):
+        make(initial=torch.ones(9))
+    shape = {"shape": SHAPE} if make is OriginalFusion else {}
+    with pytest.raises(ValueError, match="must agree but for H, W"):
+        make(**shape)(torch.ones(2, 3, *SHAPE), torch.ones(2, 4, *REFERENCE), pair_F(0))
+    with pytest.raises(ValueError, match="method must be one of"):
+        make(**shape, method="fast")(*(m.float() for m in pair_maps(0)), pair_F(0))
+    with pytest.raises(ValueError, match=r"Pencil is for a reference of \(7, 10\), got \(2, 3, 9, 6\)"):
+        make(**shape)(*(m.float() for m in pair_maps(0)), Pencil.from_fundamental(pair_F(0), SHAPE, 1.0))
+
+
 def test_source_maps_of_another_size_are_refused_by_the_original():
     with pytest.raises(ValueError, match=r"source heatmaps must be \(..., 7, 10\), got \(1, 1, 10, 7\)"):
-        OriginalFusion(shape=SHAPE)(torch.ones(1, 1, 10, 7), torch.ones(1, 1, *REFERENCE), rig(0))
+        OriginalFusion(shape=SHAPE)(torch.ones(1, 1, 10, 7), torch.ones(1, 1, *REFERENCE), pair_F(0))
 
 
-def test_batches_or_joints_that_differ_are_refused():
-    for module in (OriginalFusion(shape=SHAPE), SimpleFusion()):
-        with pytest.raises(ValueError, match="must agree but for H, W"):
-            module(torch.ones(2, 3, *SHAPE), torch.ones(2, 4, *REFERENCE), rig(0))
+# The repaired module
+
+VIEWS, JOINTS, MAP = 4, 2, (8, 11)
+SWITCHES = pytest.mark.parametrize(
+    "switches",
+    [
+        dict(zip(("normalise", "multiply", "confidence"), on, strict=True))
+        for on in itertools.product((True, False), repeat=3)
+    ],
+    ids=lambda s: "".join("ny"[v] for v in s.values()),
+)
 
 
-def test_an_unknown_method_is_refused():
-    for module in modules(method="fast"):
-        with pytest.raises(ValueError, match="method must be one of"):
-            module(*maps(0), rig(0))
+def trained(seed=0, threshold=1.2, **switches) -> RepairedFusion:
+    """A module with parameters of no particular kind, in float64."""
+    module, draw = RepairedFusion(threshold, **switches).double(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        module.offset -= 4.0
+        module.slope *= module.slope.requires_grad
+    return module
 
 
-@pytest.mark.parametrize("module", [OriginalFusion, SimpleFusion])
-def test_initial_weights_of_another_shape_are_refused(module):
-    with pytest.raises(ValueError, match=r"initial weights must be \(3, 3\), got \(9,\)"):
-        module(initial=torch.ones(9))
+def view_maps(seed, views=VIEWS, batch=1):
+    return random_maps(batch, views, JOINTS, *MAP, seed=seed)
 
 
-def test_a_pencil_of_another_reference_size_is_refused():
-    source, reference = maps(0)
-    for module in modules():
-        with pytest.raises((ValueError, RuntimeError)):
-            module(source, reference, Pencil.from_fundamental(rig(0), SHAPE, 1.0))
+def literal(module, sources, reference, F):
+    """One joint: sources (S, H, W), reference (H, W) and F (S, 3, 3) as arrays, by the formula."""
+    w, beta = module.weight.detach().numpy(), module.sharpness.item()
+    fused = brute_convolution(reference, w)
+    for source, f in zip(sources, F, strict=True):
+        values = brute_convolution(source, w)
+        odds = np.exp(module.slope.item() * values.max() + module.offset.item())
+        if module.normalise:
+            values = np.exp(beta * values) / np.exp(beta * values).sum()
+        ridge = odds * (brute_members(f, source.shape, module.threshold) @ values.ravel()).reshape(fused.shape)
+        evidence = np.log1p(np.maximum(ridge, 0)) if module.multiply else ridge
+        fused = fused + module.gain.item() / beta * evidence
+    return fused
 
 
-def test_a_pencil_for_another_size_of_the_reference_is_refused():
-    F = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-    pencil = Pencil.from_fundamental(F, (6, 9), 1.0, (8, 7))
-    with pytest.raises(ValueError, match=r"Pencil is for a reference of \(8, 7\)"):
-        SimpleFusion()(torch.rand(1, 2, 6, 9), torch.rand(1, 2, 6, 9), pencil)
+@SWITCHES
+@pytest.mark.parametrize("seed", range(2))
+def test_the_repaired_module_is_its_formula_pixel_by_pixel(seed, switches):
+    module, h, F = trained(seed, **switches), view_maps(seed), rig(seed)
+    sources = [0, 2, 3]
+    with torch.no_grad():
+        fused = module(h[:, sources], h[:, 1], F[:, sources, 1])[0]
+    for j in range(JOINTS):
+        expected = literal(module, h[0, sources, j].numpy(), h[0, 1, j].numpy(), F[0, sources, 1].numpy())
+        np.testing.assert_allclose(fused[j], expected, atol=1e-9)
+
+
+def test_there_are_thirteen_parameters():
+    assert sum(p.numel() for p in RepairedFusion().parameters() if p.requires_grad) == 13
+    assert sum(p.numel() for p in RepairedFusion(confidence=False).parameters() if p.requires_grad) == 12
+
+
+@SWITCHES
+def test_at_first_it_is_the_identity_and_it_can_leave_it(switches):
+    module, h, F = RepairedFusion(**switches), view_maps(3).float(), rig(3)
+    fused = module.all_views(h, F)
+    assert torch.equal(fused, h)
+    assert torch.equal(module(h[:, 1:], h[:, 0], F[:, 1:, 0]), h[:, 0])
+    (fused * random_maps(*h.shape, seed=9).float()).sum().backward()
+    assert module.gain.grad.abs() > 1e-6 and module.weight.grad.abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("views", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_views_are_each_view_fused_with_the_others_in_any_order(seed, views):
+    module, h, F = trained(seed), view_maps(seed, views, batch=2), rig(seed, views, batch=2)
+    order = torch.from_numpy(np.random.default_rng(seed + 9).permutation(views))
+    with torch.no_grad():
+        fused = module.all_views(h, F)
+        kept = module.all_views(h, Pencil.from_fundamental(view_pairs(F), MAP, module.threshold))
+        again = module.all_views(h[:, order], F[:, order][:, :, order])
+        for r in range(views):
+            others = np.random.default_rng(seed).permutation([s for s in range(views) if s != r])
+            torch.testing.assert_close(fused[:, r], module(h[:, others], h[:, r], F[:, others, r]), atol=1e-10, rtol=0)
+    torch.testing.assert_close(fused, kept, atol=0, rtol=0)
+    torch.testing.assert_close(again, fused[:, order], atol=1e-10, rtol=0)
+
+
+def test_one_source_may_come_without_its_dimension_and_f_without_a_batch():
+    module, h, F = trained(1), view_maps(1, batch=2), rig(1).expand(2, -1, -1, -1, -1)
+    with torch.no_grad():
+        expected = module(h[:, :1], h[:, 1], F[:, :1, 1])
+        for f in (F[:, 0, 1], F[0, 0, 1], Pencil.from_fundamental(F[:, 0, 1], MAP, module.threshold)):
+            torch.testing.assert_close(module(h[:, 0], h[:, 1], f), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_missing_view_is_as_if_it_were_not_there_whatever_its_maps_hold(seed):
+    module, h, F = trained(seed), view_maps(seed, batch=2), rig(seed, batch=2)
+    present = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    spoilt, left = h.masked_fill(~present[:, :, None, None, None], float("nan")), [0, 1, 3]
+    with torch.no_grad():
+        fused, whole = module.all_views(spoilt, F, present), module.all_views(h, F)
+        without = module.all_views(h[:, left], F[:, left][:, :, left])
+        one = module(spoilt[:, 1:], h[:, 0], F[:, 1:, 0], present[:, 1:])
+        lost = module(
+            h[:1, left], torch.zeros_like(h[:1, 2]), F[:1, left, 2]
+        )  # what the others send to the view itself
+    for ours, expected in (
+        (fused[0, left], without[0]),
+        (fused[1], whole[1]),
+        (one, fused[:, 0]),
+        (fused[0, 2], lost[0]),
+    ):
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+class AllViews(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, h, F):
+        return self.module.all_views(h, F)
+
+
+def test_gradients_reach_parameters_and_maps_as_finite_differences_say():
+    module, F = trained(2), Pencil.from_fundamental(view_pairs(rig(2, views=3, shape=(4, 5))), (4, 5), 1.2)
+    h = (0.3 * random_maps(1, 3, 2, 4, 5, seed=2)).requires_grad_()  # as high as heatmaps are: odds grow with exp(8 h)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def run(h, *values):
+        parameters = {f"module.{n}": v for n, v in zip(names, values, strict=True)}
+        return torch.func.functional_call(AllViews(module), parameters, (h, F))
+
+    assert torch.autograd.gradcheck(run, (h, *values), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_views_that_are_right_find_the_joint_that_a_third_has_lost(seed):
+    shape, rng = (40, 48), np.random.default_rng(seed)
+    angles = np.array([0.0, 1.4, 2.9]) + rng.uniform(0, 6)
+    cameras = [look_at((4 * np.cos(a), 4 * np.sin(a), 1.5), (0, 0, 1)) for a in angles]
+    joint = rng.uniform((-0.5, -0.5, 0.6), (0.5, 0.5, 1.4))
+    x = torch.tensor(np.stack([camera.project(joint) * (48 / 320, 40 / 240) for camera in cameras]))
+    h = render(x, shape)[None, :, None]
+    wrong = torch.tensor([5.0, 33.0], dtype=torch.float64)
+    h[0, 0, 0] = 0.5 * render(wrong, shape) + 0.1 * render(x[0], shape, sigma=6)  # a second thought at the right place
+    module = RepairedFusion().double()
+    with torch.no_grad():
+        module.gain.fill_(1.0)
+    fused = module.all_views(h, views_F(cameras, shape))[0, :, 0]
+    at = torch.stack([fused.flatten(-2).argmax(-1) % shape[1], fused.flatten(-2).argmax(-1) // shape[1]], -1)
+    assert torch.linalg.vector_norm(wrong - x[0]) > 5
+    assert (torch.linalg.vector_norm(at - x, dim=-1) < 2.5).all()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_source_without_confidence_adds_nothing(seed):
+    module, h, F = trained(seed), view_maps(seed), rig(seed)
+    with torch.no_grad():
+        module.slope.fill_(0)
+        module.offset.fill_(-60)
+        fused = module.all_views(h, F)
+    torch.testing.assert_close(fused, module.weigh(h), atol=1e-12, rtol=0)
+
+
+def test_training_lowers_the_loss_from_that_of_the_reference_alone():
+    torch.manual_seed(0)
+    F = Pencil.from_fundamental(view_pairs(rig(5, views=3, shape=(18, 24), batch=2)), (18, 24), 1.0)
+    target = render(torch.rand(2, 3, 3, 2) * torch.tensor([14.0, 10.0]) + 5, (18, 24))
+    h = target + 0.4 * torch.rand_like(target)
+    module, weight = RepairedFusion(), torch.ones(2, 3, 3)
+    loss = lambda: hit_loss(module.sharpness * module.all_views(h, F), target, weight)
+    first = loss().item()
+    for _ in range(20):
+        gradients = torch.autograd.grad(loss(), [*module.parameters()])
+        with torch.no_grad():
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+                parameter -= 0.02 * gradient.sign()
+    assert loss().item() < 0.8 * first
+
+
+@pytest.mark.parametrize("views", [2, 3, 4, 6])
+def test_pairs_go_to_their_sources_and_references(views):
+    source, reference = pairs(views)
+    assert list(zip(source, reference, strict=True)) == [(s, r) for s in range(views) for r in range(views) if s != r]
+    values = random_maps(2, views, 3, seed=views)
+    assert torch.equal(of_sources(values), torch.stack([values[:, s] for s in source], 1))
+    each = random_maps(2, len(source), 3, seed=7)
+    expected = torch.stack([sum(each[:, k] for k in range(len(source)) if reference[k] == r) for r in range(views)], 1)
+    torch.testing.assert_close(sum_at_references(each), expected)
+    F = random_maps(2, views, views, 3, 3, seed=8)
+    assert torch.equal(view_pairs(F)[len(source)], F[1, source[0], reference[0]])
+
+
+def test_bad_input_of_the_repaired_module_is_named():
+    module = RepairedFusion()
+    with pytest.raises(ValueError, match="rank 3"):
+        module(torch.rand(1, 2, 4, 4), torch.rand(1, 2, 4, 4), torch.eye(3))
+    with pytest.raises(ValueError, match="Pencil is for a reference"):
+        F = rig(0)[:, 0, 1]
+        module(torch.rand(1, 2, *MAP), torch.rand(1, 2, 5, 5), Pencil.from_fundamental(F, MAP, 1.0))
+    with pytest.raises(ValueError, match="is of one source, but there are 2"):
+        module(torch.rand(1, 2, 1, *MAP), torch.rand(1, 1, *MAP), rig(0)[:, 0, 1])

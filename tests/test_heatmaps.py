@@ -25,19 +25,17 @@ from epiutils.heatmaps import (
 SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 
 
-# ---------------------------------------------------------------- HRNet's lib/core/evaluate.py, written out as it is
+# HRNet's lib/core/evaluate.py, written out as it is
 
 
 def hrnet_max_preds(batch_heatmaps):
     batch, joints, _, width = batch_heatmaps.shape
     preds = np.zeros((batch, joints, 2), np.float32)
-    for n in range(batch):
-        for c in range(joints):
-            flat = batch_heatmaps[n, c].reshape(-1)
-            idx = np.float32(np.argmax(flat))
-            mask = np.float32(np.greater(np.amax(flat), 0.0))
-            preds[n, c, 0] = idx % width * mask
-            preds[n, c, 1] = np.floor(idx / width) * mask
+    for n, c in np.ndindex(batch, joints):
+        flat = batch_heatmaps[n, c].reshape(-1)
+        idx = np.float32(np.argmax(flat))
+        mask = np.float32(np.greater(np.amax(flat), 0.0))
+        preds[n, c] = idx % width * mask, np.floor(idx / width) * mask
     return preds
 
 
@@ -45,13 +43,10 @@ def hrnet_dists(output, target):
     pred, target = hrnet_max_preds(output), hrnet_max_preds(target)
     h, w = output.shape[2], output.shape[3]
     norm = np.ones((pred.shape[0], 2)) * np.array([h, w]) / 10
-    dists = np.zeros((pred.shape[1], pred.shape[0]))
-    for n in range(pred.shape[0]):
-        for c in range(pred.shape[1]):
-            if target[n, c, 0] > 1 and target[n, c, 1] > 1:
-                dists[c, n] = np.linalg.norm(pred[n, c, :] / norm[n] - target[n, c, :] / norm[n])
-            else:
-                dists[c, n] = -1
+    dists = np.full((pred.shape[1], pred.shape[0]), -1.0)
+    for n, c in np.ndindex(*pred.shape[:2]):
+        if target[n, c, 0] > 1 and target[n, c, 1] > 1:
+            dists[c, n] = np.linalg.norm(pred[n, c, :] / norm[n] - target[n, c, :] / norm[n])
     return dists
 
 
@@ -87,7 +82,7 @@ def assert_hrnets(output, target):
     np.testing.assert_equal(pck(output, target), pooled(output, target))
 
 
-@settings(derandomize=True, deadline=None, max_examples=300, database=None)
+@settings(derandomize=True, deadline=None, max_examples=200, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 5),
@@ -151,13 +146,11 @@ def test_the_last_digit_of_a_mean_over_many_joints_is_hrnets(seed):
     assert_hrnets(output, target)
 
 
-def test_the_first_coordinate_is_divided_by_the_height():
-    shape = (100, 40)  # units of 10 px along x and of 4 px along y: HRNet's own order
-    target = one_hot(shape, [(20, 50)])
-    assert accuracy(one_hot(shape, [(24, 50)]), target) == 1 and accuracy(one_hot(shape, [(20, 54)]), target) == 0
-
-
-def test_a_distance_of_exactly_half_a_tenth_is_wrong():
+def test_half_a_tenth_of_the_height_for_x_and_of_the_width_for_y_is_just_too_far():
+    target = one_hot((100, 40), [(20, 50)])  # units of 10 px along x and of 4 px along y: HRNet's own order
+    assert (
+        accuracy(one_hot((100, 40), [(24, 50)]), target) == 1 and accuracy(one_hot((100, 40), [(20, 54)]), target) == 0
+    )
     target = one_hot((40, 60), [(20, 20)])
     assert accuracy(one_hot((40, 60), [(22, 20)]), target) == 0 and accuracy(one_hot((40, 60), [(21, 20)]), target) == 1
 
@@ -180,11 +173,7 @@ def test_the_accuracy_averages_over_joints_and_pck_over_all_that_counts():
     output = np.concatenate([one_hot((40, 60), [p, (20, 20), (5, 5)]) for p in ((20, 20), (40, 20), (1, 39))])
     assert accuracy(output, target) == (1 / 3 + 1) / 2  # joint 0: 1 of 3, joint 1: 1 of 1, joint 2: left out
     assert pck(output, target) == 2 / 4
-
-
-def test_where_nothing_counts_the_accuracy_is_0_and_pck_nan():
-    output, target = np.ones((2, 3, 8, 6)), np.zeros((2, 3, 8, 6))
-    assert accuracy(output, target) == 0 and math.isnan(pck(output, target))
+    assert accuracy(output, 0 * target) == 0 and math.isnan(pck(output, 0 * target))  # nothing counts
 
 
 def test_accuracy_takes_tensors_that_are_tracked_or_strided_and_changes_nothing():
@@ -203,16 +192,15 @@ def test_maps_that_cannot_be_compared_are_refused(score, shapes):
         score(np.ones(shapes[0]), np.ones(shapes[1]))
 
 
-# ---------------------------------------------------------------- decoding
+# Decoding
 
 
 def literal_argmax(hm):
     """(x, y) of the first highest pixel, by looking at each."""
     best = (0, 0)
-    for y in range(hm.shape[0]):
-        for x in range(hm.shape[1]):
-            if hm[y, x] > hm[best[1], best[0]]:
-                best = (x, y)
+    for y, x in np.ndindex(*hm.shape):
+        if hm[y, x] > hm[best[1], best[0]]:
+            best = (x, y)
     return best
 
 
@@ -229,7 +217,6 @@ def literal_quarter(hm):
 def literal_dark(hm):
     """DARK's taylor() of the log-heatmap, where it has a maximum."""
     px, py = literal_argmax(hm)
-    coords = np.array([px, py], float)
     if 1 < px < hm.shape[1] - 2 and 1 < py < hm.shape[0] - 2 and hm[py][px] > 0:
         hm = np.log(np.maximum(hm, 1e-10))
         dx, dy = 0.5 * (hm[py][px + 1] - hm[py][px - 1]), 0.5 * (hm[py + 1][px] - hm[py - 1][px])
@@ -238,8 +225,8 @@ def literal_dark(hm):
         dyy = 0.25 * (hm[py + 2][px] - 2 * hm[py][px] + hm[py - 2][px])
         hessian = np.array([[dxx, dxy], [dxy, dyy]])
         if (np.linalg.eigvalsh(hessian) < 0).all():
-            coords -= np.linalg.inv(hessian) @ (dx, dy)
-    return coords
+            return np.array([px, py]) - np.linalg.inv(hessian) @ (dx, dy)
+    return np.array([px, py], float)
 
 
 LITERAL = {"argmax": literal_argmax, "quarter": literal_quarter, "dark": literal_dark}
@@ -263,10 +250,9 @@ def test_decoding_is_that_of_literal_loops(shape, method):
 @pytest.mark.parametrize("shape", [(4, 6), (6, 5)])
 @pytest.mark.parametrize("method", LITERAL)
 def test_peaks_are_refined_only_as_far_from_each_border_as_hrnet_does(shape, method):
-    for y in range(shape[0]):
-        for x in range(shape[1]):
-            hm = render(torch.tensor([x + 0.2, y - 0.3], dtype=torch.float64), shape)
-            np.testing.assert_allclose(decode(hm, method)[0], LITERAL[method](hm.numpy()), atol=1e-9)
+    for y, x in np.ndindex(*shape):
+        hm = render(torch.tensor([x + 0.2, y - 0.3], dtype=torch.float64), shape)
+        np.testing.assert_allclose(decode(hm, method)[0], LITERAL[method](hm.numpy()), atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0, 3.5])
@@ -295,12 +281,7 @@ def test_decoding_keeps_leading_dimensions_dtype_and_input(method, dtype):
     assert torch.equal(decode(maps.mT.contiguous().mT, method)[0], points)
 
 
-def test_an_unknown_decoder_is_refused():
-    with pytest.raises(ValueError, match='"argmax", "quarter" or "dark", got \'soft\''):
-        decode(torch.ones(4, 5), "soft")
-
-
-# ---------------------------------------------------------------- rendering and pixels
+# Rendering and pixels
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -325,22 +306,21 @@ def test_decoding_finds_what_was_rendered(method):
     assert (found - points).abs().max() <= limit and (heights > 0.7).all() and (heights <= 0.8).all()
 
 
-def test_a_point_that_is_unknown_gives_a_map_of_zeros():
+def test_an_unknown_point_gives_zeros_and_maps_follow_the_dtype_of_their_points():
     maps = render(torch.tensor([[math.nan, math.nan], [math.nan, 3.0], [2.0, math.nan], [2.0, 3.0]]), (6, 9))
     assert maps.flatten(1).sum(1).gt(0).tolist() == [False, False, False, True] and maps.isfinite().all()
-
-
-def test_rendering_follows_the_dtype_of_its_points_and_changes_nothing():
     points = torch.tensor([[2.0, 3.0]], dtype=torch.float32)
     assert render(points, (6, 9)).dtype == torch.float32 and render(points.double(), (6, 9)).dtype == torch.float64
     torch.testing.assert_close(render(torch.tensor([[2, 3]]), (6, 9)), render(points.double(), (6, 9)))
     assert torch.equal(points, torch.tensor([[2.0, 3.0]]))
 
 
-@pytest.mark.parametrize("sigma", [0, -1.0])
-def test_a_sigma_that_is_not_positive_is_refused(sigma):
-    with pytest.raises(ValueError, match=f"sigma must be positive, got {sigma}"):
-        render(torch.zeros(1, 2), (4, 5), sigma)
+def test_an_unknown_decoder_and_a_sigma_that_is_not_positive_are_refused():
+    with pytest.raises(ValueError, match='"argmax", "quarter" or "dark", got \'soft\''):
+        decode(torch.ones(4, 5), "soft")
+    for sigma in (0, -1.0):
+        with pytest.raises(ValueError, match=f"sigma must be positive, got {sigma}"):
+            render(torch.zeros(1, 2), (4, 5), sigma)
 
 
 def test_heatmap_pixel_i_lies_at_input_pixel_4_i():
@@ -350,7 +330,7 @@ def test_heatmap_pixel_i_lies_at_input_pixel_4_i():
         HEATMAP_FROM_INPUT[0, 0] = 1
 
 
-# ---------------------------------------------------------------- HRNet's targets and loss, written out as they are
+# HRNet's targets and loss, written out as they are
 
 
 def hrnet_target(joints, visible, shape, sigma=2):
@@ -402,15 +382,10 @@ def test_the_loss_is_hrnets():
     rng = np.random.default_rng(0)
     output, target = (torch.from_numpy(rng.uniform(0, 1, (3, 5, 8, 6))) for _ in range(2))
     weight = torch.tensor(rng.integers(0, 2, (3, 5)), dtype=torch.float64)
-    expected = 0.0
-    for j in range(5):
-        a, b = (m[:, j].reshape(3, -1) * weight[:, j, None] for m in (output, target))
-        expected += 0.5 * ((a - b) ** 2).mean().item()
-    assert joints_mse(output, target, weight).item() == pytest.approx(expected / 5, rel=1e-12)
-
-
-def test_all_zero_maps_cost_what_the_target_holds():
-    target, weight = hrnet_targets(torch.tensor([[[128.0, 128.0]]]), (64, 64))
+    weighed = [[(m[:, j] * weight[:, j, None, None]).numpy() for m in (output, target)] for j in range(5)]
+    expected = np.mean([0.5 * ((a - b) ** 2).mean() for a, b in weighed])
+    assert joints_mse(output, target, weight).item() == pytest.approx(expected, rel=1e-12)
+    target, weight = hrnet_targets(torch.tensor([[[128.0, 128.0]]]), (64, 64))  # all-zero maps cost what it holds
     assert joints_mse(torch.zeros_like(target), target, weight).item() == pytest.approx(0.00153, rel=0.01)
 
 
@@ -420,11 +395,10 @@ def test_cross_entropy_is_a_divergence_of_pixel_distributions(seed):
     output, target = (torch.rand(2, 3, 9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     weight = torch.tensor([[1.0, 0, 1], [1, 1, 0]])
     values = []
-    for b in range(2):
-        for j in range(3):
-            p, q = (np.exp(10 * m[b, j].numpy()) for m in (output, target))
-            p, q = p / p.sum(), q / q.sum()
-            values.append((q * np.log(q / p)).sum())
+    for b, j in np.ndindex(2, 3):
+        p, q = (np.exp(10 * m[b, j].numpy()) for m in (output, target))
+        p, q = p / p.sum(), q / q.sum()
+        values.append((q * np.log(q / p)).sum())
     expected = np.array(values)[weight.flatten().bool().numpy()].mean()
     assert position_cross_entropy(output, target, weight).item() == pytest.approx(expected, rel=1e-4)
     assert position_cross_entropy(target + 3.7, target, weight).item() == pytest.approx(0, abs=1e-5)
@@ -442,7 +416,7 @@ def test_cross_entropy_leaves_the_all_zero_map_where_the_mse_hardly_moves():
     assert slopes[1] > 3 * slopes[0] > 0
 
 
-# ---------------------------------------------------------------- the loss that asks for the right place
+# The loss that asks for the right place
 
 
 def counted_right(target):
@@ -453,7 +427,7 @@ def counted_right(target):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", [(24, 34), (33, 23), (48, 36), (17, 44)])
+@pytest.mark.parametrize("shape", [(16, 23), (22, 15), (32, 24), (12, 30)])
 def test_the_hit_loss_is_that_of_all_pixels_that_the_accuracy_counts_right(shape, seed):
     rng = np.random.default_rng(seed)
     peaks = [(x, y) for x, y in zip(rng.integers(2, shape[1], 3), rng.integers(2, shape[0], 3), strict=True)]
@@ -473,8 +447,8 @@ def test_the_hit_loss_is_that_of_all_pixels_that_the_accuracy_counts_right(shape
 @pytest.mark.parametrize("seed", range(3))
 def test_the_hit_losss_gradient_moves_probability_into_the_place(seed):
     """It is p − p(x | right), zero in sum, and what finite differences give."""
-    rng, shape = np.random.default_rng(seed), (24, 34)
-    target = torch.from_numpy(one_hot(shape, [(rng.integers(2, 34), rng.integers(2, 24)) for _ in range(3)]))
+    rng, shape = np.random.default_rng(seed), (16, 23)
+    target = torch.from_numpy(one_hot(shape, [(rng.integers(2, 23), rng.integers(2, 16)) for _ in range(3)]))
     logits = torch.from_numpy(rng.normal(0, 2, target.shape)).requires_grad_()
     hit_loss(logits, target, torch.tensor([[1.0, 0, 3]])).backward()
     for j, share in enumerate((1 / 4, 0, 3 / 4)):
