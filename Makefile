@@ -57,5 +57,5 @@ notebooks: env  ## run the notebooks anew and store their outputs in place
 	$(BIN)/python -m epiutils.report --refresh
 
 clean:  ## remove the environment, the report's pages and caches (not what is committed)
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache *.egg-info reports/latest reports/index.html
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache build *.egg-info reports/latest reports/index.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from epiutils.data.files import replacing
 from epiutils.report import pages, story
 from epiutils.report import run as report
 from epiutils.report.record import record, record_all, record_figure
@@ -466,21 +465,6 @@ def test_the_latest_report_is_found_from_the_folder_above_and_git_does_not_see_i
     command = ["git", "check-ignore", "--no-index", *(f"reports/{name}" for name in made_here + committed)]
     ignored = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.split()
     assert ignored == [f"reports/{name}" for name in made_here] and report.LATEST == root / "reports" / "latest"
-
-
-def test_temporary_files_of_killed_processes_are_swept(tmp_path):
-    """Not those of processes that live, here or on another machine, nor what is called differently."""
-    code = "import sys, os, signal; from epiutils.data.files import replacing\n"
-    code += "with replacing(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)"
-    subprocess.run([sys.executable, "-c", code, tmp_path / "weights.pt"], check=False)
-    (left,) = tmp_path.iterdir()
-    stay = [tmp_path / f".weights.pt.elsewhere-{1 << 22}-abcdefgh", tmp_path / ".weights.pt", tmp_path / "weights.pt"]
-    for path in stay:
-        path.touch()
-    with replacing(tmp_path / "a.csv") as mine:
-        assert not left.exists() and all(path.exists() for path in stay)
-        with replacing(tmp_path / "b.csv"):
-            assert mine.exists()
 
 
 def test_interrupting_keeps_what_was_done(tmp_path):
