@@ -11,10 +11,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from recorded import write_json, write_recording
 
 from epiutils.cameras import Camera
 from epiutils.data import dataset, people, raycast
-from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
+from epiutils.data.dataset import (
+    SPLITS,
+    Augmentation,
+    Benchmark,
+    MultiView,
+    Performance,
+    best_instant,
+    joint_number,
+    open_dataset,
+)
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 
 # Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.
@@ -284,3 +294,33 @@ def test_workers_give_the_same(scenes):
     batch = next(iter(loader))
     for key, value in data[1].items():
         assert torch.equal(batch[key][1], value), key
+
+
+# An instant that exists
+
+
+def test_the_instant_shown_is_one_that_most_cameras_see(tmp_path):
+    write_recording(tmp_path, frames=range(100, 110), n=3)
+    for camera, seen in (("cam01", range(100, 110)), ("cam02", range(103, 107)), ("cam03", range(106, 110))):
+        for number in set(range(100, 110)) - set(seen):
+            write_json(tmp_path / "pose" / f"{camera}_json" / f"{camera}_{number:012}_keypoints.json", [])
+    data = open_dataset(str(tmp_path))
+    assert best_instant(data, 20) == (data, 106) == best_instant(data, 200)
+    both = open_dataset(str(tmp_path), cameras=["cam03", "cam02"])
+    assert [camera.name for camera in both.cameras] == ["cam03", "cam02"] and best_instant(both, 20)[1] == 106
+    write_json(tmp_path / "pose" / "cam02_json" / "cam02_000000000106_keypoints.json", [])
+    less, frame = best_instant(open_dataset(str(tmp_path)), 20)  # no instant of all three: those that see it
+    assert frame == 103 and [camera.name for camera in less.cameras] == ["cam01", "cam02"]
+    assert less.detections.shape == (2, 10, 25, 3) and len(less.views(frame)) == less.status.shape[0] == 2
+    assert len(less.videos) == len(less.person) == 2
+
+
+def test_embedded_people_are_shown_at_the_instant_asked_for():
+    data = open_dataset()
+    assert best_instant(data, 20) == (data, 20)
+
+
+def test_a_joint_that_is_not_there_is_answered_with_those_that_are():
+    assert joint_number(Performance(), "head") == 10
+    with pytest.raises(ValueError, match="no joint 'tail'; there are: root, rhip, .*rwri$"):
+        joint_number(Performance(), "tail")

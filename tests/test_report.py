@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
+from recorded import write_recording
 
 from epiutils.report import pages, story
 from epiutils.report import run as report
@@ -362,6 +363,73 @@ def test_a_recording_is_where_the_caller_says(made, tmp_path, monkeypatch):
     copy = nbformat.read(out / "notebooks" / "01_first.ipynb", 4)
     assert f'recording = "{tmp_path / "mine"}"' in "\n".join(cell.source for cell in copy.cells)
     assert json.loads((out / "metrics.json").read_text())["meta"]["parameters"] == {"recording": "mine"}
+
+
+LOOK = """
+from epiutils.data.dataset import best_instant, open_dataset
+data, frame = best_instant(open_dataset(recording, **options), 20)
+print([camera.name for camera in data.cameras], frame, threshold)
+"""
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory):
+    """A report over a notebook that looks at a recording of three cameras, its JSON numbered from 1."""
+    folder = tmp_path_factory.mktemp("looking")
+    write_recording(folder / "mine", frames=range(1, 4), n=3)
+    cells = '%recording = ""\noptions = {}\nthreshold = 1', LOOK
+    notebook(folder / "nb" / "01_look.ipynb", "# 01 · A look\n\nAt yours.", *cells)
+
+    def make(*arguments):
+        return report.main(["--notebooks", str(folder / "nb"), "--out", str(folder / "out"), *arguments])
+
+    return folder, make
+
+
+def test_what_the_reader_is_told_goes_through_the_report_and_comes_back_with_it(looking):
+    folder, make = looking
+    given = [
+        "--recording",
+        str(folder / "mine"),
+        "-p",
+        "cameras",
+        "cam03,cam01",
+        "-p",
+        "unit",
+        "m",
+        "-p",
+        "person",
+        "0",
+    ]
+    assert make(*given, "-p", "threshold", "1.5") == 0
+    copy = nbformat.read(folder / "out" / "notebooks" / "01_look.ipynb", 4)
+    assert copy.cells[-1].outputs[0].text == "['cam03', 'cam01'] 3 1.5\n"
+    page = (folder / "out" / "index.html").read_text("utf-8")
+    assert "Your recording" in page and "calibration Calib.toml" in page and "calibrated, but" not in page
+    files = folder / "out" / "recording"
+    assert f'href="recording/pose-3d/{next(files.glob("pose-3d/*.trc")).name}"' in page
+    assert (files / "pose" / "cam03_json").is_dir() and not (files / "pose" / "cam02_json").exists()
+    assert make() == 0  # the embedded people again
+    assert not files.exists() and "Your recording" not in (folder / "out" / "index.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("cameras", "cam07"), "no camera cam07, there are cam01, cam02, cam03"),
+        (("model", "COCO"), "25 keypoints a person, but COCO has 18"),
+        (("unit", "mm"), "with unit='mm', and people have"),
+        (("person", "2"), "no person 2"),
+        (("person", "tall"), "person must be"),
+        (("video_start", "x"), "video_start must be"),
+    ],
+)
+def test_what_the_reader_refuses_is_told_before_any_notebook_runs(looking, capsys, given, message):
+    folder, make = looking
+    with pytest.raises(SystemExit) as stop:
+        make("--recording", str(folder / "mine"), "-p", *given)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and message in told and "Traceback" not in told
 
 
 def test_a_cell_that_hangs_is_stopped_and_shown(tmp_path, capsys):

@@ -79,15 +79,35 @@ class Performance:
 
 
 def open_dataset(
-    recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0
+    recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0, **options
 ) -> Performance | Recording | Human36M:
-    """The recording, or the subject's part of Human3.6M, in that folder; an embedded person where the name is empty."""
+    """The recording, or the subject's part of Human3.6M, in that folder; an embedded person where the name is empty.
+
+    options: for `read_recording`, such as cameras="cam01,cam02" or person=1.
+    """
     if not recording:
         return Performance(subject, action, seed)
     if not human36m.is_there(recording):
-        return read_recording(recording)
+        return read_recording(recording, **options)
     split = "test" if subject in human36m.SPLITS["test"][0] else "train"
     return Human36M(recording, split, subjects=(subject,))
+
+
+def best_instant(data: Performance | Recording | Human36M, near: int) -> tuple[Performance | Recording | Human36M, int]:
+    """Of the frames in which most cameras see the person, the one nearest to a number; and the data of these cameras."""
+    seen = np.isfinite(data.detections[..., 0]).sum(-1) > 1  # (V, T): enough to place a crop
+    best = np.flatnonzero(seen.sum(0) == seen.sum(0).max())
+    t = best[np.abs(np.asarray(data.frames)[best] - near).argmin()]
+    if isinstance(data, Recording) and not seen[:, t].all():
+        data = data.of_cameras([camera.name for camera, sees in zip(data.cameras, seen[:, t], strict=True) if sees])
+    return data, int(data.frames[t])
+
+
+def joint_number(data: Performance | Recording | Human36M, joint: str) -> int:
+    """The number of a joint; ValueError lists those that there are."""
+    if joint not in data.joints:
+        raise ValueError(f"no joint {joint!r}; there are: {', '.join(data.joints)}")
+    return data.joints.index(joint)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,14 @@ class Recording:
         """Pairs of joint numbers to draw."""
         return BODY_BONES[self.model]
 
+    def of_cameras(self, names: Sequence[str]) -> Recording:
+        """The same recording with those cameras alone, in that order."""
+        known = [camera.name for camera in self.cameras]
+        chosen = [known.index(name) for name in names]
+        parts = {field: getattr(self, field)[chosen] for field in ("detections", "status", "person")}
+        parts |= {field: [getattr(self, field)[v] for v in chosen] for field in ("cameras", "videos")}
+        return replace(self, **parts | {"videos": tuple(parts["videos"])})
+
     def missing(self, status: Status) -> dict[str, list[int]]:
         """For each camera the frame numbers of that status."""
         rows = zip(self.cameras, self.status, strict=True)
@@ -231,6 +239,8 @@ def read_recording(
         person = int(person)
     if person not in ("largest", "confident") and not (isinstance(person, int) and person >= 0):
         raise ValueError(f'person must be a number from 0, "largest" or "confident", got {person!r}')
+    if not (video_start is None or isinstance(video_start, int)):
+        raise ValueError(f"video_start must be the number of the frame that a video begins with, got {video_start!r}")
     if unit not in ("auto", *UNITS):
         raise ValueError(f'unit must be "auto" or one of {", ".join(UNITS)}, got {unit!r}')
     calib = find_calib(path)

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,9 +26,11 @@ import papermill
 from nbclient import NotebookClient
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+from epiutils.data import human36m
+from epiutils.data.recordings import Recording, read_recording
 from epiutils.report.pages import VIEW
 from epiutils.report.record import write
-from epiutils.report.story import build, executed
+from epiutils.report.story import RECORDING, build, executed
 
 _ROOT = Path(__file__).resolve().parents[2]
 LATEST = _ROOT / "reports" / "latest"
@@ -42,6 +45,14 @@ _TO_LATEST = """<!DOCTYPE html>
 
 # Parameters
 
+_READER = (
+    "cameras",
+    "model",
+    "person",
+    "unit",
+    "video_start",
+)  # what `read_recording` is told, by notebooks' `options`
+
 
 def _choose_parameters(notebooks: list[Path], given: dict[str, str], usual: dict[str, str]) -> dict[Path, dict]:
     """What each notebook gets of the parameters given as text, in the type of its default.
@@ -53,7 +64,17 @@ def _choose_parameters(notebooks: list[Path], given: dict[str, str], usual: dict
     for notebook in notebooks:
         found = papermill.inspect_notebook(str(notebook))
         known[notebook] = {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
-    names = sorted({"dataset"}.union(*known.values()))
+    names = {"dataset"}.union(*known.values())
+    given = dict(given)
+    if "options" in names:
+        told = {name: given.pop(name) for name in _READER if name in given and name not in names}
+        if told:
+            whole = {name: int(text) if text.isdecimal() else text for name, text in told.items()}
+            given["options"] = repr(ast.literal_eval(given.get("options", "{}")) | whole)
+        names |= set(_READER)
+        if given.get("recording") or given.get("dataset"):
+            given.setdefault("options", "{}")
+    names = sorted(names)
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise ValueError(f"no notebook has the parameter {', '.join(unknown)}; there are: {', '.join(names)}")
@@ -76,9 +97,19 @@ def _typed(name: str, text: str, default):
         value = text
     if isinstance(default, float) and type(value) is int:
         value = float(value)
+    if type(default) is int and isinstance(value, float):
+        return value  # a threshold of 1.5 px; where a count is wanted, the notebook says so
     if default is not None and type(value) is not type(default):
         raise ValueError(f"{name} is of type {type(default).__name__} (like {default!r}), got {text!r}")
     return value
+
+
+def _read(parameters: dict[Path, dict]) -> Recording | None:
+    """The recording that notebooks look at, read before they run: ValueError where it cannot be."""
+    told = next((p for p in parameters.values() if p.get("recording") and "options" in p), None)
+    if told is None or human36m.is_there(told["recording"]):
+        return None
+    return read_recording(told["recording"], **told["options"])
 
 
 def _folder(option: str, text: str, *others: Path) -> str:
@@ -243,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.get("dataset"):
             given["dataset"] = _folder("dataset", given["dataset"], _ROOT / "data" / given["dataset"])
         parameters = _choose_parameters(chosen, given, {"profile": args.profile})
+        recording = _read(parameters)
         for option in ("notebooks",) if args.refresh else ("out", "publish") if args.publish else ("out",):
             _check_writable(f"--{option}", getattr(args, option))
     except ValueError as error:
@@ -252,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _report(args, notebooks, parameters)
+        return _report(args, notebooks, parameters, recording)
     except OSError as error:  # a full disk
         print(f"report: {error}", file=sys.stderr)
         return 1
@@ -260,9 +292,22 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _report(args: argparse.Namespace, notebooks: list[Path], parameters: dict[Path, dict]) -> int:
+def _report(
+    args: argparse.Namespace, notebooks: list[Path], parameters: dict[Path, dict], recording: Recording | None
+) -> int:
     """Run the notebooks that have parameters, build the report from all; returns the exit status."""
-    flat = {name: value for choice in parameters.values() for name, value in choice.items() if name != "profile"}
+    shutil.rmtree(args.out / RECORDING, ignore_errors=True)
+    if recording is not None:
+        from epiutils.data.exports import write_results
+
+        results = [str(path.relative_to(args.out)) for path in write_results(recording, args.out / RECORDING)]
+        write(args.out / RECORDING / "report.json", json.dumps({"notes": recording.notes, "results": results}))
+    flat = {
+        name: value
+        for choice in parameters.values()
+        for name, value in choice.items()
+        if name != "profile" and value != {}
+    }
     meta, failure, interrupted, notebook = _describe(args.profile, flat), None, False, None
     try:
         if args.profile == "full":

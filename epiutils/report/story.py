@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from epiutils.report import pages
 from epiutils.report.record import write
 
+RECORDING = "recording"  # the folder of what is taken away from one
 _FIELD = re.compile(r"\{([^{}:]+):([^{}]*)\}")
 
 
@@ -64,8 +65,10 @@ def build(
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     made = f"Made with the profile “{meta['profile']}” on {meta['device']}; {versions}."
     said = {"figures": figures, "nav": nav, "listed": numbers, "failed": failed, "made": made}
+    own = out / RECORDING / "report.json"  # of a recording: what was found on reading, and what is taken away
+    own = json.loads(own.read_text("utf-8")) if own.exists() else None
     known = write_metrics(out / "metrics.json", flat, meta, partial)
-    write(out / "index.html", story("story.html.j2", known, **said))
+    write(out / "index.html", story("story.html.j2", known, **said, own=own))
     if publish:
         known, beside = write_metrics(publish / "metrics.json", flat, meta, False), notebooks[0].parent
         write(publish / "README.md", story("README.md.j2", known, **said, beside=os.path.relpath(beside, publish)))

@@ -1,0 +1,120 @@
+"""What is taken away from a recording: files that come back as they were, in the units and axes of their programs."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from recorded import body, write_recording
+from scipy.spatial.transform import Rotation
+
+from epiutils.data.bodies import JOINTS
+from epiutils.data.exports import poses_3d, repaired, write_results
+from epiutils.data.recordings import Status, read_recording
+
+
+@pytest.fixture
+def recording(tmp_path):
+    """Four cameras and five frames from 7 on; in one view a joint is wrong, another is undetected."""
+    write_recording(tmp_path / "trial", frames=range(7, 12), n=4)
+    read = read_recording(tmp_path / "trial")
+    detections = read.detections.copy()
+    detections[1, 2, 9, :2] += (30, -25)
+    detections[3, 2, 9] = detections[3, 4, 16] = np.nan, np.nan, 0
+    return replace(read, detections=detections)
+
+
+TRUE = np.stack([body("BODY_25B", (0.02 * t, 0, 0)) for t in range(5)])
+
+
+def test_poses_are_the_persons_whatever_one_view_says(recording):
+    X, agree = poses_3d(recording)
+    np.testing.assert_allclose(X, TRUE, atol=1e-4)
+    wrong = np.zeros_like(agree)
+    wrong[1, 2, 9] = wrong[3, 2, 9] = wrong[3, 4, 16] = True
+    np.testing.assert_array_equal(agree, ~wrong)
+
+
+def test_detections_are_repaired_where_they_do_not_agree_and_nowhere_else(recording):
+    X, agree = poses_3d(recording)
+    fixed, straight = repaired(recording, X, agree), recording.detections
+    np.testing.assert_array_equal(fixed[agree], straight[agree])
+    for v, camera in enumerate(recording.cameras):
+        np.testing.assert_allclose(fixed[v, ..., :2], camera.project(TRUE), atol=0.02)
+    np.testing.assert_allclose(fixed[3, 2, 9, 2], straight[[0, 2], 2, 9, 2].mean())
+    outside = replace(recording, cameras=[replace(c, size=(4, 4)) for c in recording.cameras])
+    np.testing.assert_array_equal(repaired(outside, X, agree), straight)
+
+
+def read_trc(path):
+    """Marker names, X (T, J, 3) and the header's values, by the format's own rules."""
+    lines = path.read_text().split("\n")
+    assert lines[0] == f"PathFileType\t4\t(X/Y/Z)\t{path.name}" and lines[-1] == ""
+    header = dict(zip(lines[1].split("\t"), lines[2].split("\t"), strict=True))
+    names = lines[3].split("\t")[2::3]
+    assert lines[4].split("\t")[2:5] == ["X1", "Y1", "Z1"]
+    rows = [[float(value or "nan") for value in line.split("\t")] for line in lines[5:-1]]
+    rows = np.array(rows)
+    return [name for name in names if name], rows[:, :2], rows[:, 2:].reshape(len(rows), -1, 3), header
+
+
+def test_poses_come_back_from_the_files_of_opensim_and_from_the_table(recording, tmp_path):
+    X, _ = poses_3d(recording)
+    recording.detections[2:, 3] = recording.detections[:2, 3] = np.nan, np.nan, 0  # a frame without anybody
+    trc, table = write_results(recording, tmp_path / "out", rate=50)
+    assert trc.name == "trial_7-11.trc" and trc.parent.name == "pose-3d"
+    names, time, back, header = read_trc(trc)
+    assert header["Units"] == "m" and header["NumFrames"] == "5" and header["NumMarkers"] == "25"
+    assert (
+        header["DataRate"] == "50"
+        and names[:2] == ["Nose", "LEye"]
+        and names[6] == "RShoulder"
+        and names[24] == "RHeel"
+    )
+    np.testing.assert_array_equal(time, np.column_stack([range(7, 12), np.arange(7, 12) / 50]))
+    assert np.isnan(back[3]).all()
+    expected = np.where(np.arange(5)[:, None, None] == 3, np.nan, X)
+    np.testing.assert_allclose(back, expected[..., [1, 2, 0]], atol=1e-6)  # z up becomes y up, a rotation
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    joints = [[[float(row[f"{j}_{axis}_m"] or "nan") for axis in "xyz"] for j in JOINTS["BODY_25B"]] for row in rows]
+    np.testing.assert_allclose(joints, expected, atol=1e-6)
+    assert {row["up"] for row in rows} == {"z"} and [row["frame"] for row in rows] == ["7", "8", "9", "10", "11"]
+
+
+@pytest.mark.parametrize("up", ["x", "y", "z", "-x", "-y", "-z"])
+def test_whatever_axis_points_up_does_so_in_opensims_file_and_nothing_is_mirrored(recording, tmp_path, up):
+    axis, sign = "xyz".index(up[-1]), 1 - 2 * up.startswith("-")
+    turn = Rotation.align_vectors([sign * np.eye(3)[axis]], [[0, 0, 1]])[0].as_matrix()  # z to that axis
+    turned = replace(recording, cameras=[replace(c, R=c.R @ turn.T) for c in recording.cameras])
+    _, _, X, _ = read_trc(write_results(turned, tmp_path / "out")[0])
+    assert X[0, 18, 1] - X[0, 16, 1] > 1.5  # the head over an ankle
+    aligned, _ = Rotation.align_vectors(X[0] - X[0].mean(0), TRUE[0] - TRUE[0].mean(0))
+    np.testing.assert_allclose(aligned.apply(TRUE[0] - TRUE[0].mean(0)), X[0] - X[0].mean(0), atol=1e-3)
+    np.testing.assert_allclose(aligned.apply((0, 0, 1)), (0, 1, 0), atol=1e-3)
+
+
+def test_the_folder_is_a_trial_again_and_says_what_the_poses_do(recording, tmp_path):
+    X, agree = poses_3d(recording)
+    recording.detections[1, 3] = np.nan, np.nan, 0  # nobody for one camera, but in its picture
+    recording.status[1, 3] = Status.NO_PERSON
+    write_results(recording, tmp_path / "out")
+    again = read_recording(tmp_path / "out")
+    assert again.model == recording.model and (again.status == Status.OK).all()
+    np.testing.assert_array_equal(again.frames, recording.frames)
+    np.testing.assert_allclose(poses_3d(again)[0], X, atol=1e-3)
+    fixed = repaired(recording, *poses_3d(recording))
+    np.testing.assert_allclose(again.detections, fixed, atol=1e-4)
+    files = sorted((tmp_path / "out" / "pose" / "cam02_json").iterdir())
+    assert [f.name for f in files] == [f"cam02_{n:012d}_keypoints.json" for n in range(7, 12)]
+    with pytest.raises(ValueError, match='up must be "auto" or one of x, y'):
+        write_results(recording, tmp_path / "other", up="north")
+
+
+def test_nobody_is_written_as_pose2sim_writes_it(recording, tmp_path):
+    recording.detections[:, 3] = np.nan, np.nan, 0
+    write_results(recording, tmp_path / "out")
+    file = tmp_path / "out" / "pose" / "cam02_json" / "cam02_000000000010_keypoints.json"
+    assert json.loads(file.read_text())["people"] == [{}]
+    assert (read_recording(tmp_path / "out").status[:, 3] == Status.NO_PERSON).all()
