@@ -44,18 +44,12 @@ class Camera:
         if np.abs(R @ R.T - np.eye(3)).max() > 1e-6 or np.linalg.det(R) < 0:
             raise ValueError(f"{self.name}: R is not a rotation (R Rᵀ = I, det R = 1), got\n{R}")
         self._array("t", (3,))
-        coefficients = np.ravel(np.asarray(self.distortion, dtype=float))
-        if coefficients.size == 5 and self.fisheye and not coefficients[4]:
-            coefficients = coefficients[:4]
-        if coefficients.size not in ((0, 4) if self.fisheye else (0, 4, 5, 8)):
+        k, least = np.ravel(np.asarray(self.distortion, dtype=float)), 4 if self.fisheye else 5
+        if k.size not in ((0, 4) if self.fisheye else (0, 4, 5, 8)):
             needs = "k1 k2 k3 k4 of a fisheye lens" if self.fisheye else "k1 k2 p1 p2 [k3 [k4 k5 k6]]"
-            raise ValueError(
-                f"{self.name}: distortion needs {needs}, got {coefficients.size} numbers: "
-                "thin-prism and tilted lenses are not supported"
-            )
-        number = 4 if self.fisheye else max(5, coefficients.size)
-        object.__setattr__(self, "distortion", np.pad(coefficients, (0, number - coefficients.size)))
-        self._array("distortion", (number,))
+            raise ValueError(f"{self.name}: distortion needs {needs}, got {k.size} numbers")
+        object.__setattr__(self, "distortion", np.pad(k, (0, max(least - k.size, 0))))
+        self._array("distortion", self.distortion.shape)
         object.__setattr__(self, "fisheye", bool(self.fisheye))
         width, height = (int(v) for v in self.size)
         if width <= 0 or height <= 0:
@@ -136,48 +130,36 @@ class Camera:
 
     def _distort(self, x: np.ndarray) -> np.ndarray:
         """OpenCV's radial and tangential model (H&Z 7.4), or its fisheye model, on normalised coordinates (..., 2)."""
-        u, v = x[..., 0], x[..., 1]
-        r2 = u * u + v * v
-        radial, _ = self._radial(r2)
-        p1, p2 = (0.0, 0.0) if self.fisheye else self.distortion[2:4]
-        return np.stack(
-            [
-                u * radial + 2 * p1 * u * v + p2 * (r2 + 2 * u * u),
-                v * radial + p1 * (r2 + 2 * v * v) + 2 * p2 * u * v,
-            ],
-            axis=-1,
-        )
+        r2 = (x * x).sum(-1, keepdims=True)
+        tangential = self._tangential
+        return x * (self._radial(r2)[0] + 2 * x @ tangential[:, None]) + r2 * tangential
 
     def _distortion_jacobian(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Derivative of `_distort`, a symmetric matrix [[uu, uv], [uv, vv]], each (...)."""
         u, v = x[..., 0], x[..., 1]
         radial, slope = self._radial(u * u + v * v)
-        slope = 2 * slope  # of radial, times u or v
-        p1, p2 = (0.0, 0.0) if self.fisheye else self.distortion[2:4]
-        uu = radial + u * u * slope + 2 * p1 * v + 6 * p2 * u
-        uv = u * v * slope + 2 * p1 * u + 2 * p2 * v
-        vv = radial + v * v * slope + 6 * p1 * v + 2 * p2 * u
+        p2, p1 = self._tangential
+        uu = radial + 2 * u * u * slope + 2 * p1 * v + 6 * p2 * u
+        uv = 2 * u * v * slope + 2 * p1 * u + 2 * p2 * v
+        vv = radial + 2 * v * v * slope + 6 * p1 * v + 2 * p2 * u
         return uu, uv, vv
+
+    @property
+    def _tangential(self) -> np.ndarray:
+        return np.zeros(2) if self.fisheye else self.distortion[3:1:-1]  # p2, p1
 
     def _radial(self, r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The factor by which the lens moves points at a squared distance r2 from the axis, and its derivative by r2."""
         if self.fisheye:  # θ (1 + k1 θ² + … + k4 θ⁸) / r with r = tan θ
-            k1, k2, k3, k4 = self.distortion
-            r = np.sqrt(r2)
-            ratio = np.where(r2 > 1e-12, np.arctan(r) / np.where(r2 > 1e-12, r, 1), 1 - r2 / 3)  # θ / r
-            of_ratio = np.where(r2 > 1e-8, (1 / (1 + r2) - ratio) / (2 * np.where(r2 > 1e-8, r2, 1)), -1 / 3)
-            t2 = ratio * ratio * r2  # θ²
-            bent = 1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4)))
-            of_bent = k1 + t2 * (2 * k2 + t2 * (3 * k3 + t2 * 4 * k4))  # by θ², and dθ²/dr2 = (θ / r) / (1 + r²)
-            return ratio * bent, of_ratio * bent + ratio * of_bent * ratio / (1 + r2)
-        k1, k2, _, _, k3 = self.distortion[:5]
-        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
-        slope = k1 + r2 * (2 * k2 + r2 * 3 * k3)
-        if self.distortion.size == 5:
-            return radial, slope
-        k4, k5, k6 = self.distortion[5:]
-        below = 1 + r2 * (k4 + r2 * (k5 + r2 * k6))
-        return radial / below, (slope - radial / below * (k4 + r2 * (2 * k5 + r2 * 3 * k6))) / below
+            r2 = np.maximum(r2, 1e-12)
+            ratio = np.arctan(np.sqrt(r2)) / np.sqrt(r2)  # θ / r
+            bent = np.polynomial.Polynomial([1, *self.distortion])
+            square, of_ratio = ratio * ratio * r2, (1 / (1 + r2) - ratio) / (2 * r2)
+            return ratio * bent(square), of_ratio * bent(square) + ratio * ratio * bent.deriv()(square) / (1 + r2)
+        k1, k2, _, _, k3, *below = self.distortion
+        above, below = (np.polynomial.Polynomial([1, *k]) for k in ((k1, k2, k3), below))
+        factor = above(r2) / below(r2)
+        return factor, (above.deriv()(r2) - factor * below.deriv()(r2)) / below(r2)
 
     def _pixels(self, x: np.ndarray) -> np.ndarray:
         """K (x, 1) of normalised coordinates (..., 2)."""

@@ -22,9 +22,10 @@ from epiutils.data.dataset import (
     MultiView,
     Performance,
     best_instant,
-    joint_number,
     open_dataset,
+    open_instant,
 )
+from epiutils.data.views import JOINTS
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 
 # Of the fixed test set: its instants, and poses, cameras and what is visible of every 42nd of them.
@@ -316,11 +317,11 @@ def test_the_instant_shown_is_one_that_most_cameras_see(tmp_path):
 
 
 def test_embedded_people_are_shown_at_the_instant_asked_for():
-    data = open_dataset()
-    assert best_instant(data, 20) == (data, 20)
+    data, frame = open_instant(20, "", 5, "carry")
+    assert frame == 20 and (data.subject, data.action) == (5, "carry")
 
 
 def test_a_joint_that_is_not_there_is_answered_with_those_that_are():
-    assert joint_number(Performance(), "head") == 10
+    assert Performance().joints.index("head") == 10 and Performance().joints == JOINTS
     with pytest.raises(ValueError, match="no joint 'tail'; there are: root, rhip, .*rwri$"):
-        joint_number(Performance(), "tail")
+        Performance().joints.index("tail")

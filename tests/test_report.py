@@ -366,8 +366,8 @@ def test_a_recording_is_where_the_caller_says(made, tmp_path, monkeypatch):
 
 
 LOOK = """
-from epiutils.data.dataset import best_instant, open_dataset
-data, frame = best_instant(open_dataset(recording, **options), 20)
+from epiutils.data.dataset import open_instant
+data, frame = open_instant(20, recording, **options)
 print([camera.name for camera in data.cameras], frame, threshold)
 """
 

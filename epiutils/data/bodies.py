@@ -24,17 +24,26 @@ rkne-rank lank-lheel rank-rheel lank-lbigtoe lbigtoe-lsmalltoe rank-rbigtoe rbig
 _WITHOUT_NECK = "nose-lsho nose-rsho"
 
 
-def _names(order: str) -> tuple[str, ...]:
+class Names(tuple):
+    """Names of joints in order; asked for the number of one that is not there, it lists them."""
+
+    def index(self, name: str, *span: int) -> int:
+        if name not in self:
+            raise ValueError(f"no joint {name!r}; there are: {', '.join(self)}")
+        return super().index(name, *span)
+
+
+def _names(order: str) -> Names:
     """The order's names, lhand1:21 being lhand1 to lhand20."""
     names = []
     for word in order.split():
         stem, _, end = word.partition(":")
         kind = stem.rstrip("0123456789")
         names += [f"{kind}{i}" for i in range(int(stem[len(kind) :]), int(end))] if end else [word]
-    return tuple(names)
+    return Names(names)
 
 
-def _pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+def _pairs(names: Names) -> tuple[tuple[int, int], ...]:
     """Pairs of joint numbers: every limb of which the order has both ends, and the fingers."""
     limbs = _LIMBS + ("" if "neck" in names else f" {_WITHOUT_NECK}")
     limbs = [tuple(limb.split("-")) for limb in limbs.split()]

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from epiutils.cameras import Camera, crop_affine
 from epiutils.data import human36m, people, raycast
+from epiutils.data.bodies import Names
 from epiutils.data.files import code, reading, replacing
 from epiutils.data.human36m import Human36M
 from epiutils.data.recordings import Recording, read_recording
@@ -57,7 +58,7 @@ class Performance:
     seed: int = 0
     length: int = 100
 
-    joints, bones = JOINTS, BONES
+    joints, bones = Names(JOINTS), BONES
 
     @property
     def cameras(self) -> list[Camera]:
@@ -103,11 +104,11 @@ def best_instant(data: Performance | Recording | Human36M, near: int) -> tuple[P
     return data, int(data.frames[t])
 
 
-def joint_number(data: Performance | Recording | Human36M, joint: str) -> int:
-    """The number of a joint; ValueError lists those that there are."""
-    if joint not in data.joints:
-        raise ValueError(f"no joint {joint!r}; there are: {', '.join(data.joints)}")
-    return data.joints.index(joint)
+def open_instant(
+    frame: int, recording: str = "", subject: int = 9, action: str = "walk", **options
+) -> tuple[Performance | Recording | Human36M, int]:
+    """`open_dataset`, and its `best_instant` near a frame."""
+    return best_instant(open_dataset(recording, subject, action, **options), frame)
 
 
 @dataclass(frozen=True)
