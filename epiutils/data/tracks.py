@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from epiutils.cameras import Camera
 from epiutils.epipolar import fundamental_from_cameras
 
-_MOST = 4096  # combinations of an instant
+_MOST = 1024  # combinations of an instant
 _NEAR = 0.05  # of a person's extent, from the epipolar lines, at which two skeletons speak neither for nor against one
 
 
@@ -105,20 +105,30 @@ class _Instant:
         d, w = self.distances(F)
         score = np.zeros((len(d) + 1,) * 2)  # the last: not seen
         score[:-1, :-1] = np.where(w > 0, w * (1 - d / near), 0)
-        of_view = [np.flatnonzero(self.view == v) for v in range(views)]
-        best = np.where(self.view[:, None] != self.view, score[:-1, :-1], 0).max(1)
-        while np.prod([len(known) + 1.0 for known in of_view]) > _MOST:
-            most = max(range(views), key=lambda v: len(of_view[v]))  # of the fullest view, who fits least
-            of_view[most] = np.delete(of_view[most], best[of_view[most]].argmin())
-        chosen = _combinations(tuple(map(len, of_view)))
-        chosen = np.stack([np.append(known, -1)[chosen[:, v]] for v, known in enumerate(of_view)], 1)  # (C, V)
-        total = sum((score[chosen[:, s], chosen[:, r]] for s in range(views) for r in range(s)), np.zeros(len(chosen)))
         groups, free = [], np.ones(len(d), bool)
-        while (c := int(np.argmax(total))) >= 0 and total[c] > 0:
-            group = chosen[c][chosen[c] >= 0]
-            groups.append(group)
-            free[group] = False
-            total[(np.isin(chosen, group)).any(1)] = 0
+        while free.any():
+            of_view = [np.flatnonzero(free & (self.view == v)) for v in range(views)]
+            if whole := np.prod([len(known) + 1.0 for known in of_view]) <= _MOST:
+                most = [len(known) for known in of_view]
+            else:  # one person at a time: of the best pair the one, and in other views those nearest to it
+                seed = np.unravel_index(np.where(free[:, None] & free, score[:-1, :-1], -np.inf).argmax(), d.shape)[0]
+                of_view = [known[np.argsort(-score[seed, known], kind="stable")] for known in of_view]
+                of_view[self.view[seed]] = np.array([seed])
+                few = 2 if 3 ** (views - 1) <= _MOST else 1
+                most = [min(few, len(known)) for known in of_view]
+            chosen = _combinations(tuple(most))
+            chosen = np.stack([np.append(of_view[v][: most[v]], -1)[chosen[:, v]] for v in range(views)], 1)  # (C, V)
+            pairs = (score[chosen[:, s], chosen[:, r]] for s in range(views) for r in range(s))
+            total = sum(pairs, np.zeros(len(chosen)))
+            while total[c := int(np.argmax(total))] > 0:
+                group = chosen[c][chosen[c] >= 0]
+                groups.append(group)
+                free[group] = False
+                total[np.isin(chosen, group).any(1)] = 0
+                if not whole:
+                    break
+            else:
+                break
         return groups + [np.array([n]) for n in np.flatnonzero(free)]
 
 
