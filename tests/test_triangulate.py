@@ -117,20 +117,15 @@ def test_the_reprojection_error_is_the_distance_in_px_and_nan_where_there_is_non
 
 @pytest.mark.parametrize("views", [2, 3, 4])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_triangulation_undoes_projection(seed, views):
+def test_triangulation_undoes_projection_and_of_two_views_is_opencvs(seed, views):
     X, points, P = seen(seed, views)
     for weights in (None, weights_for(points)):
         np.testing.assert_allclose(triangulate(points, P, weights), X, atol=1e-10)
     tensor = triangulate(torch.from_numpy(points), torch.from_numpy(P))
     assert tensor.dtype == torch.float64
     np.testing.assert_allclose(tensor, X, atol=1e-10)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_two_exact_views_are_opencvs(seed):
-    _, points, P = seen(seed, 2)
-    h = cv2.triangulatePoints(*P, *(np.ascontiguousarray(points[:, v].T) for v in range(2)))
-    np.testing.assert_allclose(triangulate(points, P), (h[:3] / h[3]).T, atol=1e-8)
+    h = cv2.triangulatePoints(*P[:2], *(np.ascontiguousarray(points[:, v].T) for v in range(2)))
+    np.testing.assert_allclose(triangulate(points[:, :2], P[:2]), (h[:3] / h[3]).T, atol=1e-8)
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -156,7 +151,7 @@ def test_the_textbooks_singular_vector_is_near_but_does_not_move_with_the_world(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_noise_moves_the_point_as_little_as_the_likeliest_point_nearly(seed):
-    X, points, P = seen(seed, sigma=1.0, n=25)
+    X, points, P = seen(seed, sigma=1.0, n=15)
     cameras = rig(seed)
     best = np.array([likeliest(a, x, cameras, np.ones(4), 1e3) for a, x in zip(X, points, strict=True)])
     rms = lambda Y: np.sqrt(((Y - X) ** 2).sum(-1).mean())
@@ -172,8 +167,8 @@ def test_neither_order_nor_scale_nor_pixels_matter(seed):
     np.testing.assert_allclose(triangulate(points[:, order], P[order], weights[:, order]), X, atol=1e-10)
     scales = rng.choice([-1, 1], 4) * 10.0 ** rng.uniform(-6, 6, 4)
     np.testing.assert_allclose(triangulate(points, scales[:, None, None] * P, weights), X, atol=1e-10)
-    A = np.array([[[10.0 ** rng.uniform(-2, 2), 0, rng.normal(0, 300)], [0, 10.0 ** rng.uniform(-2, 2), 9], [0, 0, 1]]
-                  for _ in range(4)])  # fmt: skip
+    A = np.stack([np.diag([*10.0 ** rng.uniform(-2, 2, 2), 1]) for _ in range(4)])
+    A[:, :2, 2] = rng.normal(0, 300, (4, 2))
     resized = (A[:, :2, :2] @ points[..., None])[..., 0] + A[:, :2, 2]
     np.testing.assert_allclose(triangulate(resized, A @ P, weights), X, atol=1e-9)
     np.testing.assert_allclose(triangulate(points, P, 1e-7 * weights), X, atol=1e-10)
@@ -219,13 +214,10 @@ def test_a_weight_of_2_is_four_views_and_a_large_one_has_its_way():
     _, points, P = seen(3, 3, sigma=5.0)
     weights = np.array([1.0, 2.0, 1.0])
     four = [0, 1, 1, 1, 1, 2]
-    np.testing.assert_allclose(
-        triangulate(points, P, np.broadcast_to(weights, (30, 3))), triangulate(points[:, four], P[four])
-    )
-    errors = [
-        reprojection_error(triangulate(points, P, np.tile((1, w, 1), (30, 1))), points, P)[:, 1].max()
-        for w in (1.0, 10, 100)
-    ]
+    expected = triangulate(points[:, four], P[four])
+    np.testing.assert_allclose(triangulate(points, P, np.broadcast_to(weights, (30, 3))), expected)
+    found = [triangulate(points, P, np.tile((1, w, 1), (30, 1))) for w in (1.0, 10, 100)]
+    errors = [reprojection_error(X, points, P)[:, 1].max() for X in found]
     assert errors[0] > 1 and errors[1] < 0.1 * errors[0] and errors[2] < 0.02 * errors[1]
 
 
@@ -235,9 +227,8 @@ def test_a_batch_is_a_loop_whatever_leads_and_inputs_stay_as_they_are(as_array):
     points, P = (np.stack([scene[k] for scene in scenes]) for k in (1, 2))
     points[2, 1, 0], weights = np.nan, weights_for(points)
     weights[4, 2, 1] = 0
-    inputs = [
-        as_array(a) for a in (points.reshape(2, 3, 4, 3, 2), P.reshape(2, 3, 1, 3, 3, 4), weights.reshape(2, 3, 4, 3))
-    ]
+    points_, P_, weights_ = points.reshape(2, 3, 4, 3, 2), P.reshape(2, 3, 1, 3, 3, 4), weights.reshape(2, 3, 4, 3)
+    inputs = [as_array(a) for a in (points_, P_, weights_)]
     before = [np.asarray(a).copy() for a in inputs]
     X = np.asarray(triangulate(*inputs))
     looped = [[triangulate(points[i, j], P[i], weights[i, j]) for j in range(4)] for i in range(6)]
@@ -288,22 +279,18 @@ def test_what_nothing_determines_is_nan_without_a_warning_and_has_finite_gradien
     assert all(a.grad.isfinite().all() for a in inputs)
 
 
-def test_two_rays_a_hundredth_of_a_degree_apart_still_meet():
+def test_two_rays_a_hundredth_of_a_degree_apart_still_meet_and_a_wild_pixel_hides_nothing():
     one = look_at((4, 0, 1), (0, 0, 1))
     two = look_at((4, 7e-4, 1), (0, 0, 1), focal=500)
     X = np.array([0.2, 0.1, 1.1])
     points = np.stack([camera.project(X) for camera in (one, two)])
     np.testing.assert_allclose(triangulate(points, matrices([one, two])), X, atol=1e-6)
-
-
-def test_a_wild_pixel_does_not_hide_what_the_other_views_determine():
     X, points, P = seen(2)
     points[:, 1] = (1e9, -1e9)
-    found = triangulate(points, P, np.tile((1, 1e-9, 1, 1), (30, 1)))
-    np.testing.assert_allclose(found, X, atol=1e-6)
+    np.testing.assert_allclose(triangulate(points, P, np.tile((1, 1e-9, 1, 1), (30, 1))), X, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(3))
 def test_gradients_are_those_of_finite_differences_also_where_views_are_left_out(seed):
     _, points, P = seen(seed, sigma=2.0, n=3)
     P = P / np.linalg.norm(P, axis=(1, 2), keepdims=True)
@@ -359,7 +346,7 @@ def test_wrong_views_are_rejected_and_the_others_give_the_exact_point(seed, view
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_refined_point_is_scipys_for_each_point_alone(seed, weighted):
-    X, points, P, _ = spoiled(seed, n=25, sigma=3.0)
+    X, points, P, _ = spoiled(seed, n=10, sigma=3.0)
     weights, cameras = weights_for(points) if weighted else np.ones(points.shape[:-1]), rig(seed)
     found, inliers = triangulate_robust(points, P, weights, threshold=10.0)
     assert 0.4 < inliers.mean() < 0.8
@@ -439,10 +426,9 @@ def test_robustly_too_neither_order_nor_scales_matter_and_a_missing_view_is_none
         np.testing.assert_allclose(same[0], X, atol=1e-6)
     fewer = triangulate_robust(points[:, :3], P[:3], weights[:, :3])
     points[:, 3] = np.nan
-    for a, b in zip(
-        triangulate_robust(points, P, weights), (fewer[0], np.pad(fewer[1], ((0, 0), (0, 1)))), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    X, inliers = triangulate_robust(points, P, weights)
+    np.testing.assert_allclose(X, fewer[0], atol=1e-6)
+    np.testing.assert_array_equal(inliers, np.pad(fewer[1], ((0, 0), (0, 1))))
 
 
 def test_a_point_is_the_same_alone_and_among_others_whatever_leads():
@@ -476,10 +462,8 @@ def test_views_of_which_no_two_agree_give_nothing_and_extreme_weights_no_error()
     for weights in ((1, 1e-12, 1e-200), (1e-7, 0, 1), (1, 1e-4, 1e-4)):
         weights = np.tile(weights, (30, 1))
         for found in (triangulate(points, P, weights), triangulate_robust(points, P, weights)[0]):
-            assert (
-                np.isfinite(found).all() == (weights[0, 1] == 1e-4)
-                and np.isnan(found).all() != np.isfinite(found).all()
-            )
+            known = np.isfinite(found)
+            assert known.all() == (weights[0, 1] == 1e-4) and known.any() == known.all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -532,11 +516,8 @@ def heatmap_scene(seed, views=4, joints=5):
     pixels = np.stack([camera.crop(HEATMAP_FROM_INPUT, HEATMAP[::-1]).project(X) for camera in cameras])
     assert (pixels > 5).all() and (pixels < np.array(HEATMAP[::-1]) - 6).all()
     peaks = np.random.default_rng(seed + 1).uniform(0.3, 1, pixels.shape[:-1])
-    return (
-        torch.from_numpy(X),
-        render(torch.from_numpy(pixels), HEATMAP, peak=torch.from_numpy(peaks)),
-        matrices(cameras),
-    )
+    maps = render(torch.from_numpy(pixels), HEATMAP, peak=torch.from_numpy(peaks))
+    return torch.from_numpy(X), maps, matrices(cameras)
 
 
 def from_peaks(heatmaps, P, method):
@@ -624,13 +605,11 @@ def test_gradients_through_the_soft_argmax_are_finite_differences_and_reach_ever
 def test_descent_on_heatmaps_brings_the_joints_to_their_places():
     X, heatmaps, P = heatmap_scene(4)
     start = heatmaps.roll(2, -1)
-    maps = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([maps], 0.01)
-    for _ in range(40):
-        optimiser.zero_grad()
-        (triangulate_heatmaps(maps, P) - X).norm(dim=-1).mean().backward()
-        optimiser.step()
     error = lambda h: (triangulate_heatmaps(h, P) - X).norm(dim=-1).mean()
+    maps = start.clone().requires_grad_()
+    for _ in range(40):
+        (slope,) = torch.autograd.grad(error(maps), maps)
+        maps = (maps - 0.01 * slope.sign()).detach().requires_grad_()
     assert error(maps.detach()) < 0.3 * error(start)
 
 
