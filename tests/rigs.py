@@ -1,5 +1,6 @@
 """Seeded cameras and points that the tests share; every picture has H ≠ W."""
 
+import contextlib
 import itertools
 import math
 
@@ -92,6 +93,16 @@ def brute_convolution(maps, w):
     padded = np.pad(np.asarray(maps), 1)
     windows = lambda y, x: sum(w[u][v] * padded[y + u, x + v] for u in range(3) for v in range(3))
     return np.array([[windows(y, x) for x in range(maps.shape[1])] for y in range(maps.shape[0])])
+
+
+@contextlib.contextmanager
+def warn_always():
+    """In which torch warns of a read-only array each time, not once a process."""
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(False)
 
 
 def random_maps(*shape, seed=0, dtype=torch.float64):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rigs import brute_distances, brute_members, camera_pair, heatmap_F, look_at, random_maps, world_points
+from rigs import brute_distances, brute_members, camera_pair, heatmap_F, look_at, random_maps, warn_always, world_points
 
 from epiutils.epipolar import find_fundamental, fundamental_from_cameras, transfer
 from epiutils.redirect import _TIE, Pencil, _half_size, _normalized_fundamental, _ranges, redirect
@@ -270,13 +270,10 @@ def test_F_may_be_a_numpy_array_of_either_precision_and_read_only(method):
     F.flags.writeable = False
     values = random_maps(2, 5, 8)
     expected = redirect(values, torch.tensor(F), 1.0, method)
-    torch.set_warn_always(True)  # else torch warns of a read-only array once a process only
-    try:
+    with warn_always():
         torch.testing.assert_close(redirect(values, F, 1.0, method), expected)
         torch.testing.assert_close(redirect(values, F.astype(np.float32), 1.0, method), expected)
         Pencil.from_fundamental(F, (5, 8), 1.0)
-    finally:
-        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("estimator", ["8point", "lmeds", "ransac", "magsac"])
