@@ -44,15 +44,14 @@ def associate(cameras: Sequence[Camera], people: Sequence[Sequence[Sequence[np.n
     for t, at in instants:
         instant = _Instant(*at)
         groups = instant.groups(F, len(cameras), near)
-        gain = np.array([[track.gain(instant, group, t) for track in tracks] for group in groups]).reshape(
-            len(groups), -1
-        )
+        of_each = np.stack([track.gain(instant, t) for track in tracks]) if tracks else np.zeros((0, len(instant.view)))
+        gain = np.array([of_each[:, group].sum(1) for group in groups])  # (groups, tracks)
         taken = dict(zip(*linear_sum_assignment(gain, maximize=True), strict=True)) if tracks else {}
         for g, group in enumerate(groups):
             if g in taken and gain[g, taken[g]] > 0:
                 track = tracks[taken[g]]
             else:
-                tracks.append(track := _Track())
+                tracks.append(track := _Track(len(cameras), instant.xy.shape[1]))
             track.add(instant, group, t)
     tracks.sort(key=lambda track: (-len(track.seen), -track.size))
     places = np.full((len(tracks), len(cameras), len(people[0])), -1)
@@ -89,7 +88,7 @@ class _Instant:
     def distances(self, F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d (N, N), nan where no joint is in both, and w (N, N)."""
         x = np.concatenate([self.xy, np.ones_like(self.xy[..., :1])], -1)
-        lines = np.einsum("nmab,njb->nmja", F[self.view[:, None], self.view[None]], x)  # of n's joints, in m's view
+        lines = x[:, None] @ F[self.view[:, None], self.view[None]].swapaxes(-1, -2)  # of n's joints, in m's view
         with np.errstate(divide="ignore", invalid="ignore"):
             off = np.abs(np.einsum("nmja,mja->nmj", lines, x)) / np.linalg.norm(lines[..., :2], axis=-1)
             off = np.minimum(off / self.extent[None, :, None], 1)
@@ -139,26 +138,22 @@ def _combinations(sizes: tuple[int, ...]) -> np.ndarray:
 
 
 class _Track:
-    """A person followed over time: where it was seen last in each view."""
+    """A person followed over time: where (V, J, 2), when (V,) and how large (V,) it was seen last in each view."""
 
-    def __init__(self):
-        self.seen, self.last, self.size = [], {}, 0.0
+    def __init__(self, views: int, joints: int):
+        self.seen, self.size = [], 0.0
+        self.xy, self.when, self.extent = np.full((views, joints, 2), np.nan), np.zeros(views), np.ones(views)
 
     def add(self, instant: _Instant, group: np.ndarray, t: int) -> None:
         for n in group:
             v = int(instant.view[n])
             self.seen.append((v, t, int(instant.place[n])))
-            self.last[v] = (t, instant.xy[n], instant.extent[n])
+            self.xy[v], self.when[v], self.extent[v] = instant.xy[n], t, instant.extent[n]
             self.size += instant.extent[n]
 
-    def gain(self, instant: _Instant, group: np.ndarray, t: int) -> float:
-        """Over the views seen before, how many joints both have, less what they moved; half the extent is all of them."""
-        gain = 0.0
-        for n in group:
-            if (v := int(instant.view[n])) in self.last:
-                when, xy, extent = self.last[v]
-                off = np.linalg.norm(instant.xy[n] - xy, axis=-1)
-                if (both := np.isfinite(off)).any():
-                    allowed = (0.5 + min(0.02 * (t - when), 1)) * max(extent, instant.extent[n])
-                    gain += both.sum() * (1 - min(np.median(off[both]) / allowed, 2))
-        return gain
+    def gain(self, instant: _Instant, t: int) -> np.ndarray:
+        """For each skeleton (N,) the joints that both have, less what they moved: half the extent, or more later, is 1."""
+        v = instant.view
+        allowed = (0.5 + np.minimum(0.02 * (t - self.when[v]), 1)) * np.maximum(self.extent[v], instant.extent)
+        off = np.linalg.norm(instant.xy - self.xy[v], axis=-1) / allowed[:, None]
+        return np.where(np.isfinite(off), 1 - np.minimum(off, 2), 0).sum(-1)
