@@ -26,6 +26,7 @@ from epiutils.data.files import replacing
 from epiutils.data.human36m import Human36M
 from epiutils.heatmaps import joints_mse
 from epiutils.networks.hrnet import SLIM, PoseHRNet
+from epiutils.networks.loop import loader
 from epiutils.networks.predict import device_name
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
@@ -81,8 +82,7 @@ def loading(rounds: int, workers: int, human36m: Path | None, batch: int = 8) ->
     """Images a second that `MultiView` loads and augments, of the benchmark or of Human3.6M, with so many processes."""
     scenes = Human36M(human36m, "train", every=100) if human36m else Benchmark("train").prepare()
     data = torch.utils.data.ConcatDataset([MultiView(scenes, Augmentation())] * rounds)
-    loader = torch.utils.data.DataLoader(data, batch, num_workers=workers, multiprocessing_context="spawn")
-    batches, images = iter(loader), 0
+    batches, images = iter(loader(data, workers, batch_size=batch)), 0
     for _ in range(2 * workers):  # the processes have begun
         next(batches)
     start = time.perf_counter()

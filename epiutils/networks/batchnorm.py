@@ -22,7 +22,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return gradient
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
+class _GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of the batch of all processes, on any device.
 
     `torch.nn.SyncBatchNorm` does the same on GPUs only.  Variance as E[(x − E x)²] in two sums, for accuracy.
@@ -44,8 +44,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """The model with each BatchNorm2d, in place, made a `GlobalBatchNorm2d`: the same parameters and keys."""
+    """The model with each BatchNorm2d, in place, given the statistics of all processes: the same parameters and keys."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm2d
+            module.__class__ = _GlobalBatchNorm2d
     return model

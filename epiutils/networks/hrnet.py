@@ -7,6 +7,7 @@ published checkpoints load.  Arguments make it slimmer for CPUs; `SLIM` are thos
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from epiutils.data.files import replacing
 
 SLIM = {"width": 16, "modules": (1, 1, 1), "blocks": 2, "stem": (24, 32), "stem_blocks": 1}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
+_MOST_BLOCKS, _MOST_NUMBERS = 2_000, 250_000_000  # of a network; the published W48 has 108 and 64 million
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
 
 
 def normalise(images: Tensor | np.ndarray) -> Tensor:
@@ -34,41 +36,41 @@ def normalise(images: Tensor | np.ndarray) -> Tensor:
         images = torch.from_numpy(np.array(images))  # a copy: PyTorch takes no view such as bgr[..., ::-1]
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-1] != 3:
         raise ValueError(f"images must be (..., H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
-    mean, deviation = (255 * torch.tensor(IMAGENET[k], device=images.device) for k in ("mean", "deviation"))
+    mean, deviation = (255 * torch.tensor(_IMAGENET[k], device=images.device) for k in ("mean", "deviation"))
     images = images[None].flatten(0, -4).contiguous()  # (N, H, W, 3)
     return ((images - mean) / deviation).permute(0, 3, 1, 2)  # (N, 3, H, W); the numbers stay where they were
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+def _conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     """A convolution without bias, then batch normalisation."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
 
 
-class BasicBlock(nn.Module):
+class _BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut (He et al., CVPR 2016, figure 5 left)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(inputs, outputs)
-        self.conv2, self.bn2 = conv_bn(outputs, outputs)
+        self.conv1, self.bn1 = _conv_bn(inputs, outputs)
+        self.conv2, self.bn2 = _conv_bn(outputs, outputs)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None if inputs == outputs else nn.Sequential(*conv_bn(inputs, outputs, kernel=1))
+        self.downsample = None if inputs == outputs else nn.Sequential(*_conv_bn(inputs, outputs, kernel=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class Bottleneck(nn.Module):
+class _Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 convolutions, a quarter as wide inside, and a shortcut (He et al., figure 5 right)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(inputs, outputs // 4, kernel=1)
-        self.conv2, self.bn2 = conv_bn(outputs // 4, outputs // 4)
-        self.conv3, self.bn3 = conv_bn(outputs // 4, outputs, kernel=1)
+        self.conv1, self.bn1 = _conv_bn(inputs, outputs // 4, kernel=1)
+        self.conv2, self.bn2 = _conv_bn(outputs // 4, outputs // 4)
+        self.conv3, self.bn3 = _conv_bn(outputs // 4, outputs, kernel=1)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None if inputs == outputs else nn.Sequential(*conv_bn(inputs, outputs, kernel=1))
+        self.downsample = None if inputs == outputs else nn.Sequential(*_conv_bn(inputs, outputs, kernel=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -76,7 +78,7 @@ class Bottleneck(nn.Module):
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class HighResolutionModule(nn.Module):
+class _HighResolutionModule(nn.Module):
     """Parallel branches of basic blocks at falling resolutions; then each output sums all branches, resampled.
 
     widths: channels of the branches, each at half the resolution of the one before.  outputs: how many of the
@@ -85,7 +87,7 @@ class HighResolutionModule(nn.Module):
 
     def __init__(self, widths: list[int], blocks: int, outputs: int):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(w, w) for _ in range(blocks))) for w in widths)
+        self.branches = nn.ModuleList(nn.Sequential(*(_BasicBlock(w, w) for _ in range(blocks))) for w in widths)
         self.fuse_layers = nn.ModuleList(
             nn.ModuleList(self._resample(widths, j, i) for j in range(len(widths))) for i in range(outputs)
         )
@@ -97,9 +99,9 @@ class HighResolutionModule(nn.Module):
         if j == i:
             return nn.Identity()
         if j > i:
-            return nn.Sequential(*conv_bn(widths[j], widths[i], kernel=1), nn.Upsample(scale_factor=2 ** (j - i)))
-        halvings = [nn.Sequential(*conv_bn(widths[j], widths[j], stride=2), nn.ReLU()) for _ in range(i - j - 1)]
-        return nn.Sequential(*halvings, nn.Sequential(*conv_bn(widths[j], widths[i], stride=2)))
+            return nn.Sequential(*_conv_bn(widths[j], widths[i], kernel=1), nn.Upsample(scale_factor=2 ** (j - i)))
+        halvings = [nn.Sequential(*_conv_bn(widths[j], widths[j], stride=2), nn.ReLU()) for _ in range(i - j - 1)]
+        return nn.Sequential(*halvings, nn.Sequential(*_conv_bn(widths[j], widths[i], stride=2)))
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         x = [branch(y) for branch, y in zip(self.branches, x, strict=True)]
@@ -133,11 +135,14 @@ class PoseHRNet(nn.Module):
         numbers = [width, joints, *modules, blocks, *stem, stem_blocks]
         if (len(modules), len(stem)) != (3, 2) or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(f"settings must be positive integers, three modules, two of the stem: got {self.settings}")
+        count = stem_blocks + blocks * sum(stage * m for stage, m in zip((2, 3, 4), modules, strict=True))
+        if count > _MOST_BLOCKS:
+            raise ValueError(f"settings ask for {count} residual blocks, over {_MOST_BLOCKS}: got {self.settings}")
         channels, out = stem
-        self.conv1, self.bn1 = conv_bn(3, channels, stride=2)
-        self.conv2, self.bn2 = conv_bn(channels, channels, stride=2)
+        self.conv1, self.bn1 = _conv_bn(3, channels, stride=2)
+        self.conv2, self.bn2 = _conv_bn(channels, channels, stride=2)
         self.relu = nn.ReLU(inplace=True)
-        block = Bottleneck if out == 4 * channels else BasicBlock
+        block = _Bottleneck if out == 4 * channels else _BasicBlock
         self.layer1 = nn.Sequential(*(block(out if k else channels, out) for k in range(stem_blocks)))
         widths = [out]
         for stage in (2, 3, 4):
@@ -146,7 +151,7 @@ class PoseHRNet(nn.Module):
             outputs = [stage] * modules[stage - 2]
             if stage == 4:
                 outputs[-1] = 1
-            self.add_module(f"stage{stage}", nn.Sequential(*(HighResolutionModule(wider, blocks, n) for n in outputs)))
+            self.add_module(f"stage{stage}", nn.Sequential(*(_HighResolutionModule(wider, blocks, n) for n in outputs)))
             widths = wider
         self.final_layer = nn.Conv2d(width, joints, 1)
         nn.init.normal_(self.final_layer.weight, std=0.001)  # as in the official code: maps begin near zero
@@ -156,10 +161,10 @@ class PoseHRNet(nn.Module):
     def _transition(before: list[int], after: list[int]) -> nn.ModuleList:
         """From one stage's branches to the next one's: the new branch is the lowest one, halved."""
         same = [
-            nn.Identity() if a == b else nn.Sequential(*conv_bn(a, b), nn.ReLU(inplace=True))
+            nn.Identity() if a == b else nn.Sequential(*_conv_bn(a, b), nn.ReLU(inplace=True))
             for a, b in zip(before, after, strict=False)
         ]
-        halved = nn.Sequential(*conv_bn(before[-1], after[-1], stride=2), nn.ReLU(inplace=True))
+        halved = nn.Sequential(*_conv_bn(before[-1], after[-1], stride=2), nn.ReLU(inplace=True))
         return nn.ModuleList([*same, nn.Sequential(halved)])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -176,16 +181,32 @@ class PoseHRNet(nn.Module):
 
 
 def save_checkpoint(path: str | os.PathLike, network: PoseHRNet, **provenance) -> None:
-    """Write weights as safetensors, with the network's settings and where the weights come from in the metadata."""
+    """Write weights as safetensors, with the network's settings and where the weights come from in the metadata.
+
+    The same weights and the same provenance give the same bytes.
+    """
     metadata = {"settings": json.dumps(network.settings), "provenance": json.dumps(provenance)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    data = save(tensors, metadata)  # eight bytes of the header's length, the header, the numbers
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = metadata  # in this order: safetensors has them in a random one
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with replacing(path) as part:
-        part.write_bytes(save(tensors, metadata))
+        part.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def provenance(path: str | os.PathLike) -> dict:
-    """What `save_checkpoint` was told of the weights: command, commit, seed, data, device, accuracy."""
-    return _metadata(_existing(path), "provenance")
+    """What `save_checkpoint` was told of the weights: command, commit, seed, data, device, accuracy.
+
+    Of a file that is not safetensors, such as the official code's, its name and the SHA-256 of its bytes.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        return _metadata(path, "provenance")
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def load_checkpoint(path: str | os.PathLike, joints: int | None = None, **settings) -> PoseHRNet:
@@ -231,7 +252,7 @@ def _metadata(path: Path, key: str) -> dict:
     try:
         with safetensors.safe_open(path, "pt") as file:
             return dict(json.loads((file.metadata() or {}).get(key, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no whole safetensors file, or its {key} cannot be read: {error}") from error
 
 
@@ -257,6 +278,9 @@ def _official_state(path: Path) -> dict[str, Tensor]:
 
 def _check(path: Path, state: dict[str, Tensor], settings: dict) -> None:
     """Compare names and shapes with those of the network, without its memory: a strange file may ask for any size."""
+    numbers = sum(value.numel() for value in state.values())
+    if numbers > _MOST_NUMBERS:  # a small .pth may repeat one number along a whole tensor
+        raise ValueError(f"{path} holds {numbers} numbers, over {_MOST_NUMBERS}")
     try:
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in PoseHRNet(**settings).state_dict().items()}

@@ -13,6 +13,7 @@ from epiutils.data.dataset import MultiView
 from epiutils.data.views import Predicted
 from epiutils.heatmaps import accuracy, pck
 from epiutils.networks.hrnet import normalise
+from epiutils.networks.loop import loader
 
 
 @torch.no_grad()
@@ -23,11 +24,8 @@ def predict(network: nn.Module, data: MultiView, batch: int = 8, workers: int = 
     """
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    loader = torch.utils.data.DataLoader(
-        data, batch, num_workers=workers, multiprocessing_context="spawn" if workers else None
-    )
     parts = []
-    for samples in tqdm(loader, desc="predicting", unit="batch", disable=not progress):
+    for samples in tqdm(loader(data, workers, batch_size=batch), desc="predicting", unit="batch", disable=not progress):
         images = samples.pop("image")
         samples["output"] = network(normalise(images.to(device))).float().cpu().unflatten(0, images.shape[:2])
         parts.append(samples)

@@ -1,13 +1,12 @@
-"""One loop for every experiment: seeded batches, AdamW, a schedule, clipping, and files from which it goes on.
+"""HRNet's training: its loss, and the command `python -m epiutils.networks.training`.
 
-`train` is what notebooks call; `python -m epiutils.networks.training --help` trains HRNet on the benchmark or Human3.6M.
-Everything that is random in step k follows from (seed, k): a run that was killed and taken up again ends with the
-weights of an unbroken one, and several processes (`accelerate launch`) do what one does with the same batch.
+The command trains on the embedded benchmark or on Human3.6M; `--help` lists its options.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import shlex
@@ -16,7 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
@@ -24,13 +25,10 @@ from epiutils.data.human36m import Human36M
 from epiutils.data.views import JOINTS
 from epiutils.heatmaps import joints_mse, position_cross_entropy
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
-from epiutils.networks.loop import _accelerator, train
+from epiutils.networks.loop import Settings, make_accelerator, train
 from epiutils.networks.predict import device_name, predict, scores
 
-# Batch normalisation over all processes
-
-
-# HRNet
+_NETWORKS = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}
 
 
 def pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
@@ -47,25 +45,39 @@ def pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tens
 
 def train_pose(
     network: nn.Module, scenes: Sequence, out: str | os.PathLike | None = None, *, size: int = 256, batch: int = 4,
-    lr: float = 2e-3, warmup: int = 50, seed: int = 0, workers: int = 1, **settings,
+    lr: float = 2e-3, warmup: int = 50, seed: int = 0, workers: int = 1, facts: dict | None = None, **settings,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """Train HRNet on augmented instants with `pose_loss`, as the checkpoints that ship were; see `train`."""
-    data = MultiView(scenes, Augmentation(), size, seed)
+    augmentation = Augmentation()
+    data = MultiView(scenes, augmentation, size, seed)
     settings = {"batch": batch, "lr": lr, "warmup": warmup, "clip": 1.0, "seed": seed, "workers": workers} | settings
-    return train(network, pose_loss, data, out, **settings)
+    return train(network, pose_loss, data, out, facts={"size": size, **vars(augmentation)} | (facts or {}), **settings)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train HRNet and write its weights, with their provenance, beside the checkpoint and the tables."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        return _run(chosen)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped")
+        return 130
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m epiutils.networks.training", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; a stopped run goes on from it")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="what to train on (default: %(default)s)")
-    parser.add_argument("--human36m", type=Path, help="folder of Human3.6M, in place of the benchmark")
-    parser.add_argument("--network", choices=("slim", "w32", "w48"), default="slim")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--split", choices=SPLITS, help="what to train on (default: train)")
+    data.add_argument("--human36m", type=Path, help="folder of Human3.6M, in place of the benchmark")
+    parser.add_argument("--network", choices=_NETWORKS, help="default: that of --init, or slim")
     parser.add_argument("--init", type=Path, help="weights to begin with")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in px (default: %(default)s)")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--stop", type=int, help="end before this step, with the schedule of all steps")
+    parser.add_argument("--stop", type=int, help="end after so many steps, with the schedule of all")
     parser.add_argument("--batch", type=int, default=4, help="instants of all views a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=50, help="steps (default: %(default)s)")
@@ -73,63 +85,99 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that load (default: %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
-    chosen = parser.parse_args(arguments)
-    torch.manual_seed(chosen.seed)
-    settings = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}[chosen.network]
-    network = load_checkpoint(chosen.init, joints=len(JOINTS)) if chosen.init else PoseHRNet(**settings)
-    network = network.train().to(memory_format=torch.channels_last)
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    """What the command does: all that can be known to fail is tried before the first step."""
+    accelerator = make_accelerator(chosen.precision)
+    first = accelerator.is_main_process
+    chosen.split = None if chosen.human36m else chosen.split or "train"
+    settings = {key: getattr(chosen, key) for key in ("steps", "batch", "lr", "warmup", "every", "seed")}
+    if chosen.size < 32 or chosen.size % 32 or chosen.workers < 0:
+        raise ValueError(f"size must be a multiple of 32, got {chosen.size}; workers at least 0, got {chosen.workers}")
+    network = _network(chosen)
+    Settings(**settings).check(network, chosen.out if first else None, accelerator.num_processes, chosen.stop)
+    told = _provenance(chosen)
     scenes, test = _scenes(chosen)
-    few = MultiView([test[i] for i in subset(len(test))], size=chosen.size)
-    try:
-        epochs, rows = train_pose(
-            network, scenes, chosen.out, size=chosen.size, steps=chosen.steps, stop=chosen.stop, batch=chosen.batch,
-            lr=chosen.lr, warmup=chosen.warmup, every=chosen.every, seed=chosen.seed, workers=chosen.workers,
-            precision=chosen.precision, validate=lambda network: scores(predict(network, few)),
-        )  # fmt: skip
-    except KeyboardInterrupt as stopped:
-        print(stopped)
-        return 130
-    if _accelerator().is_main_process:
-        measured = scores(predict(network, MultiView(test, size=chosen.size), progress=True))
-        print({key: round(value, 4) for key, value in measured.items()})
-        few_measured = {key: epochs[-1][key] for key in measured}
-        save_checkpoint(
-            chosen.out / "weights.safetensors", network, **_provenance(chosen, measured, few_measured, rows)
-        )
+    test, few = (MultiView(part, size=chosen.size) for part in (test, [test[i] for i in _subset(len(test))]))
+    names = scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
+    epochs, rows = train_pose(
+        network, scenes, chosen.out, size=chosen.size, stop=chosen.stop, workers=chosen.workers, **settings,
+        accelerator=accelerator, facts=_facts(chosen, network, told["data"], scenes),
+        validate=lambda network: scores(predict(network, few)),
+    )  # fmt: skip
+    if first:
+        told |= {
+            "losses": [row["loss"] for row in rows[:50]],
+            "test": None,
+            "subset": {k: epochs[-1][k] for k in names},
+        }
+        save_checkpoint(chosen.out / "weights.safetensors", network, **told)  # whatever becomes of the test
+        told["test"] = scores(predict(network, test, progress=True))
+        print({key: round(value, 4) for key, value in told["test"].items()})
+        save_checkpoint(chosen.out / "weights.safetensors", network, **told)
     return 0
 
 
-def subset(scenes: int) -> range:
+def _network(chosen: argparse.Namespace) -> PoseHRNet:
+    """The network to train: that of --init, or one whose weights the seed draws."""
+    torch.manual_seed(chosen.seed)
+    if not chosen.init:
+        chosen.network = chosen.network or "slim"
+        network = PoseHRNet(**_NETWORKS[chosen.network])
+    else:
+        network = load_checkpoint(chosen.init, joints=len(JOINTS))
+        with torch.device("meta"):
+            asked = PoseHRNet(**_NETWORKS[chosen.network]).settings if chosen.network else network.settings
+        if network.settings != asked:
+            raise ValueError(f"{chosen.init} is of {network.settings}, --network {chosen.network} is {asked}")
+    return network.train().to(memory_format=torch.channels_last)
+
+
+def _subset(scenes: int) -> range:
     """The part of a test set that is scored during training: about 50 instants."""
     return range(0, scenes, max(1, scenes // 48))
 
 
-def _scenes(chosen: argparse.Namespace) -> tuple:
+def _scenes(chosen: argparse.Namespace) -> tuple[Sequence, Sequence]:
     """What to train on and what to test on."""
     if chosen.human36m:
         return Human36M(chosen.human36m, "train"), Human36M(chosen.human36m, "test")
-    main_process = _accelerator().is_main_process
-    with _accelerator().main_process_first():
-        return tuple(Benchmark(s).prepare(progress=main_process) for s in (chosen.split, "test"))
+    state = PartialState()
+    with state.main_process_first():
+        return tuple(Benchmark(s).prepare(progress=state.is_main_process) for s in (chosen.split, "test"))
 
 
-def _provenance(chosen: argparse.Namespace, measured: dict, few: dict, rows: list[dict]) -> dict:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+def _facts(chosen: argparse.Namespace, network: PoseHRNet, data: str, scenes: Sequence) -> dict:
+    """What a checkpoint must agree with, beside the settings of the training."""
+    joints = np.rint(np.nan_to_num([view.joints for view in scenes[0]])).astype(int)
+    version = scenes.folder.name if isinstance(scenes, Benchmark) else ""
+    return {
+        "network": network.settings,
+        "init": hashlib.sha256(chosen.init.read_bytes()).hexdigest() if chosen.init else None,
+        "data": f"{data} {version}".strip(),
+        "joints": hashlib.sha256(joints.tobytes()).hexdigest()[:12],
+    }
+
+
+def _provenance(chosen: argparse.Namespace) -> dict:
+    """Where the weights come from, as far as it is known before the first step."""
+    try:
+        told = {"check": False, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **told).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     shown = {k: v for k, v in vars(chosen).items() if v not in (None, 0, False) and k != "out"}
     return {
         "command": "python -m epiutils.networks.training "
         + " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in shown.items()),
         "begun_with": provenance(chosen.init) if chosen.init else None,
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "seed": chosen.seed,
-        "data": str(chosen.human36m.name if chosen.human36m else f"embedded benchmark, {chosen.split}"),
+        "data": str(chosen.human36m.resolve().name if chosen.human36m else f"embedded benchmark, {chosen.split}"),
         "device": device_name(),
         "torch": torch.__version__,
-        "losses": [row["loss"] for row in rows[:50]],
-        "test": measured,
-        "subset": few,
     }
 
 
