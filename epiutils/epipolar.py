@@ -12,12 +12,7 @@ from array_api_compat import array_namespace
 
 from epiutils.cameras import Camera, homogeneous
 
-METHODS = {
-    "8point": cv2.FM_8POINT,
-    "lmeds": cv2.FM_LMEDS,
-    "ransac": cv2.FM_RANSAC,
-    "magsac": cv2.USAC_MAGSAC,
-}
+METHODS = {"8point": cv2.FM_8POINT, "lmeds": cv2.FM_LMEDS, "ransac": cv2.FM_RANSAC, "magsac": cv2.USAC_MAGSAC}
 
 # A singular value below this share of the largest is nothing but rounding.
 _RANK_DEFICIENT = 1e-9

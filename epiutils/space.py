@@ -129,11 +129,9 @@ def candidates(heatmaps: Tensor, P: Tensor, peaks: int = 3) -> Tensor:
     first, second = (points[:, :, of_pairs[:, k]] for k in (0, 1))  # (B, J, Q, peaks, 2)
     both = torch.stack(torch.broadcast_tensors(first[..., :, None, :], second[..., None, :, :]), -2).flatten(3, 4)
     found = [triangulate(both, P[:, :, of_pairs][:, :, :, None]).flatten(2, 3)]  # (B, J, Q · peaks², 3)
-    for count in range(3, len(views) + 1 if len(views) < 5 else 3):
+    for count in range(3, len(views) + 1) if len(views) < 5 else [len(views)]:
         chosen = torch.tensor(list(combinations(views, count)), device=P.device)
         found.append(triangulate(points[..., 0, :][:, :, chosen], P[:, :, chosen]))
-    if len(views) > 4:
-        found.append(triangulate(points[..., 0, :], P)[:, :, None])
     return torch.cat(found, 2)
 
 
@@ -241,8 +239,8 @@ class Body:
         size, order = size.sort(-1)
         weight = weight.gather(-1, order).cumsum(-1)
         middle = (weight < weight[:, -1:] / 2).sum(-1, keepdim=True)
-        mean, deviation = self.size
-        return size.gather(-1, middle)[:, 0].clamp(mean - 2.5 * deviation, mean + 2.5 * deviation)
+        low, high = (self.size[0] + sign * 2.5 * self.size[1] for sign in (-1, 1))
+        return size.gather(-1, middle)[:, 0].clamp(low, high)
 
 
 def along_bones(
@@ -268,11 +266,10 @@ def along_bones(
 
 def _sum_product(U: Tensor, fit: Tensor, bones: Sequence[tuple[int, int]]) -> Tensor:
     """Marginals (B, J, M) of a tree: log unary U (B, J, M), log pairwise fit (B, K, M parent, M child)."""
-    levels, depth = [], {bones[0][0]: 0}
-    for k, (parent, child) in enumerate(bones):
+    depth = {bones[0][0]: 0}
+    for parent, child in bones:
         depth[child] = depth[parent] + 1
-        levels += [[]] * (depth[child] > len(levels))
-        levels[depth[child] - 1] = [*levels[depth[child] - 1], k]
+    levels = [[k for k, (_, c) in enumerate(bones) if depth[c] == d] for d in range(1, max(depth.values()) + 1)]
     ends = torch.tensor(bones, device=U.device)
     up, said = U.clone(), torch.zeros_like(U)  # said[:, child]: what it told its parent
     for level in reversed(levels):  # from the ends of the limbs to the root
@@ -290,8 +287,7 @@ def _sum_product(U: Tensor, fit: Tensor, bones: Sequence[tuple[int, int]]) -> Te
 def near_best(found: Modes, share: Tensor, within: float = 0.12) -> Tensor:
     """The mean of each joint's best mode and of those within so many metres of it: (B, J, 3).  share: (B, J, M)."""
     best = share.argmax(-1)[..., None, None].expand(*share.shape[:-1], 1, 3)
-    near = (found.X - found.X.gather(-2, best)).norm(dim=-1) < within
-    weight = share * near
+    weight = share * ((found.X - found.X.gather(-2, best)).norm(dim=-1) < within)
     return (weight[..., None] * found.X).sum(-2) / weight.sum(-1, keepdim=True)
 
 
