@@ -137,7 +137,7 @@ def test_what_needs_no_gradient_stays_and_columns_are_added():
     [({"schedule": "linear"}, "schedule must be"), ({"batch": 0}, "batch must be at least 1"),
      ({"steps": 0}, "steps must be at least 1"), ({"lr": math.nan}, "lr must be at least 0, and finite, got nan"),
      ({"stop": 7}, "stop must be 1 to steps, 6, got 7"), ({"data": Points(0)}, "no samples")],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )  # fmt: skip
 def test_bad_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
