@@ -6,11 +6,11 @@ import torch
 from scenes import made_up
 
 from epiutils.data import people
-from epiutils.data.dataset import Instant
 from epiutils.epipolar import epipoles, point_line_distance
 from epiutils.fusion import RepairedFusion
 from epiutils.metrics import found
-from epiutils.studies.limits import FOCAL, bounds, by_views, hide, other_rig, seen_by, shifted
+from epiutils.studies.limits import FOCAL, by_views, hide, once, other_rig, shifted, with_oracle
+from epiutils.studies.predicted import found_by
 
 SHAPE = (60, 80)
 
@@ -103,38 +103,55 @@ def test_another_rig_sees_the_person_from_elsewhere(seed):
     rig = other_rig(seed)
     assert [camera.size for camera in rig] == [camera.size for camera in people.rig()]
     assert min(np.linalg.norm(a.C - b.C) for a in rig for b in people.rig()) > 0.3
-    (views,) = seen_by(rig, [Instant(9, "walk", 20, 5)])
+    views = people.scene(9, "walk", 20, 5, rig=rig)
     for view, camera in zip(views, rig, strict=True):
         np.testing.assert_allclose(view.camera.C, camera.C, atol=1e-9)
         assert ((view.joints > 0) & (view.joints < 256)).all()
         np.testing.assert_allclose(view.camera.project(view.joints_3d), view.joints, atol=1e-6)
 
 
-def test_oracles_bound_what_they_say():
+def test_with_perfect_sources_each_view_keeps_its_own_map_and_is_told_the_others_targets():
     predicted, module = made_up(7, shape=SHAPE, lost=0.5), fusing()
-    made = bounds(module, predicted)
-    alone = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
-    with torch.no_grad():
-        fused = module.all_views(predicted.output, predicted.F)
-    plain = np.stack([found(o, t) for o, t in zip(fused, predicted.target, strict=True)])
-    assert np.nanmean(made["perfect sources"]) > np.nanmean(plain) + 0.1
-    assert np.nanmean(made["right sources only"]) >= np.nanmean(alone)
-    for n, v, j in np.ndindex(alone.shape):
-        if np.isfinite(alone[n, v, j]):
-            assert made["any view"][n, v, j] == (np.nansum(alone[n, :, j]) >= 1)
-            assert made["two views"][n, v, j] == (np.nansum(alone[n, :, j]) >= 2)
+    told = with_oracle(module, predicted, "perfect")
+    assert told.target is predicted.target and told.F is predicted.F
+    for n, r in np.ndindex(3, 4):
+        mixed = predicted.target[n].clone()
+        mixed[r] = predicted.output[n, r]
+        with torch.no_grad():
+            fused = module.all_views(mixed[None], predicted.F[n, None])[0, r]
+        torch.testing.assert_close(told.output[n, r], fused, atol=1e-6, rtol=0)
+    assert np.nanmean(found_by(None, told)) > np.nanmean(found_by(module, predicted)) + 0.1
+    right = found_by(None, with_oracle(module, predicted, "right"))
+    assert np.nanmean(right) >= np.nanmean(found_by(None, predicted))
+    with pytest.raises(ValueError, match="'true'"):
+        with_oracle(module, predicted, "true")
 
 
 def test_sources_that_are_wrong_say_nothing_at_all():
     predicted, module = made_up(8, shape=SHAPE), fusing()  # every view is right …
     elsewhere = made_up(9, shape=SHAPE, lost=1.0).output
     predicted.output.add_(1.05 * elsewhere)  # … but for a higher peak at another place
-    alone = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
+    alone = found_by(None, predicted)
     lost = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
     assert lost.sum() > 5
-    silent = bounds(module, predicted)["right sources only"]
-    np.testing.assert_array_equal(silent.transpose(0, 2, 1)[lost], alone.transpose(0, 2, 1)[lost])
-    with torch.no_grad():
-        spoken = module.all_views(predicted.output, predicted.F)
-    right = np.stack([found(o, t) for o, t in zip(spoken, predicted.target, strict=True)])
-    assert np.nanmean(right.transpose(0, 2, 1)[lost]) > 0.2  # had they spoken, their second peaks would have met
+    silent = with_oracle(module, predicted, "right")
+    own, fused = (p.output.transpose(1, 2)[lost] for p in (predicted, silent))
+    torch.testing.assert_close(fused, own, atol=1e-9, rtol=0)
+    np.testing.assert_array_equal(found_by(None, silent).transpose(0, 2, 1)[lost], alone.transpose(0, 2, 1)[lost])
+    spoken = found_by(module, predicted)
+    assert np.nanmean(spoken.transpose(0, 2, 1)[lost]) > 0.2  # had they spoken, their second peaks would have met
+
+
+def test_arrays_are_computed_once_for_what_decides_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path))
+    asked = []
+
+    def make():
+        asked.append(1)
+        return {"found": np.array([[1.0, np.nan]]), "losses": [0.5, 0.25], "weight": torch.eye(2), "share": 0.2}
+
+    for depends, count in (([1.0], 1), ([1.0], 1), ([2.0], 2), ([1.0, torch.ones(2)], 3)):
+        made = once("made", depends, make)
+        assert len(asked) == count and all(isinstance(values, np.ndarray) for values in made.values())
+        np.testing.assert_array_equal(made["found"], [[1.0, np.nan]])
+        assert made["found"].dtype == np.float64 and made["losses"].tolist() == [0.5, 0.25] and made["share"] == 0.2

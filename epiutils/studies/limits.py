@@ -1,31 +1,49 @@
-"""Where fusion ends: calibration that is off, fewer views, hidden joints, other cameras; and what bounds it.
+"""Where fusion ends: calibration that is off, fewer views, hidden joints, other cameras; and oracles that bound it.
 
 Each function changes one thing about what a network predicted, or about the pictures it sees, and leaves the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
 from epiutils.cameras import Camera
 from epiutils.data import people
-from epiutils.data.dataset import Instant
+from epiutils.data.dataset import MultiView
 from epiutils.data.views import Predicted, View
 from epiutils.epipolar import transfer
 from epiutils.fusion import RepairedFusion, view_pairs
-from epiutils.heatmaps import STRIDE
+from epiutils.heatmaps import STRIDE, probabilities
 from epiutils.metrics import found
+from epiutils.networks.hrnet import load_checkpoint
+from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil
-from epiutils.studies.predicted import found_by
+from epiutils.studies.predicted import CHECKPOINTS, found_by, kept
+from epiutils.triangulate import triangulate
 
 FOCAL = 1145.0  # px, of the uncropped pictures of the embedded rig and of Human3.6M's
+
+
+def once(name: str, depends: Sequence, make: Callable[[], dict]) -> dict[str, np.ndarray]:
+    """Arrays that `make()` computes of fused heatmaps, from the cache if the same were computed before.
+
+    depends: what decides them beside the code of fusion, triangulation and the embedded people, see `predicted.kept`.
+    """
+    code = [Camera, MultiView, View, people.scene, load_checkpoint, predict]  # pictures become heatmaps …
+    code += [transfer, Pencil, RepairedFusion, probabilities, found, found_by, triangulate, once]  # … and are fused
+    made = kept(name, [*code, *depends], lambda: {key: torch.as_tensor(value) for key, value in make().items()})
+    return {key: value.numpy() for key, value in made.items()}
+
+
+def seen_by(point: str, scenes: Sequence[list[View]]) -> Predicted:
+    """What the backbone of an operating point sees in scenes that no split holds."""
+    return predict(load_checkpoint(CHECKPOINTS[point]), MultiView(scenes))
 
 
 def shifted(predicted: Predicted, px: float, seed: int = 0) -> Predicted:
@@ -53,18 +71,16 @@ def by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.nda
     for h, F, target in zip(predicted.output, predicted.F, predicted.target, strict=True):
         pencil = Pencil.from_fundamental(view_pairs(F[None]), shape, module.threshold)  # one for all subsets
         for chosen in subsets:
-            present = torch.zeros(1, len(h), dtype=torch.bool)
-            present[0, chosen] = True
-            fused = module.all_views(h[None], pencil, present)[0]
-            right.append(found(fused[chosen], target[chosen]))
+            present = torch.tensor([[v in chosen for v in range(len(h))]])
+            right.append(found(module.all_views(h[None], pencil, present)[0, chosen], target[chosen]))
     return np.concatenate(right).reshape(len(predicted), -1, predicted.output.shape[2])
 
 
 def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
     """The views with patches painted over that share of the joints of each, which are then not visible.
 
-    A patch is of one colour, has a sixth of the picture's side and its centre near the joint; joints under another's patch are
-    hidden too.
+    A patch is of one colour, has a sixth of the picture's side and its centre near the joint; joints under another's
+    patch are hidden too.  Raises ValueError for a view of which nobody knows what is visible.
     """
     rng, hidden = np.random.default_rng(seed), []
     for view in views:
@@ -72,8 +88,7 @@ def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
             raise ValueError(f"view {view.camera.name}: nobody knows which of its joints are visible")
         image, visible = view.image.copy(), view.visible.copy()
         side, pixels = view.camera.size[0] // 6, np.round(view.joints)
-        order = rng.permutation(len(visible))
-        for j in order:
+        for j in rng.permutation(len(visible)):
             if 1 - (visible & view.visible).sum() / max(1, view.visible.sum()) >= share or not visible[j]:
                 continue
             centre = view.joints[j] + rng.uniform(-side / 6, side / 6, 2)
@@ -101,43 +116,20 @@ def other_rig(seed: int = 0) -> list[Camera]:
     return cameras
 
 
-def seen_by(rig: Sequence[Camera], instants: Sequence[Instant]) -> list[list[View]]:
-    """Those instants of the embedded benchmark before other cameras."""
-    return [people.scene(**vars(instant), rig=rig) for instant in instants]
-
-
-def silenced(output: Tensor, target: Tensor) -> Tensor:
-    """Heatmaps (V, J, H, W) of one instant, those whose own peak is wrong without any: their odds are then 0."""
-    wrong = torch.from_numpy(found(output, target) == 0)
-    return output.masked_fill(wrong[..., None, None], -10.0)
-
-
 @torch.no_grad()
-def fused_with(module: RepairedFusion, sources: Tensor, output: Tensor, F: Tensor) -> Tensor:
-    """Each view of one instant fused with other heatmaps of the other views.
+def with_oracle(module: RepairedFusion, predicted: Predicted, sources: str) -> Predicted:
+    """The instants as a module fuses them with the help of an oracle: output is then the fused heatmaps.
 
-    sources, output: (V, J, H, W).  F: (V, V, 3, 3).  Returns (V, J, H, W).
+    sources: "right", those whose own peak is wrong are silent, their odds 0; "perfect", each source is its target.
     """
-    others = [[s for s in range(len(output)) if s != r] for r in range(len(output))]
-    said = torch.stack([sources[o] for o in others])  # (V, V − 1, J, H, W): the views are a batch
-    return module(said, output, torch.stack([F[o, r] for r, o in enumerate(others)]))
-
-
-@torch.no_grad()
-def bounds(module: RepairedFusion, predicted: Predicted) -> dict[str, np.ndarray]:
-    """Which joints the module finds with oracles, found (N, V, J) each: what bounds it on these heatmaps.
-
-    "right sources only": a source whose own peak is wrong says nothing.  "perfect sources": every source is its
-    target.  "any view": joints that at least one view finds by itself, "two views": at least two; no fusion of
-    peaks can find more without a second thought in the maps.
-    """
-    output, target, F = predicted.output, predicted.target, predicted.F
-    alone = found_by(None, predicted)  # (N, V, J)
-    made = {"right sources only": [], "perfect sources": []}
-    for h, t, f in zip(output, target, F, strict=True):
-        for name, sources in (("right sources only", silenced(h, t)), ("perfect sources", t)):
-            made[name].append(found(fused_with(module, sources, h, f), t))
-    made = {name: np.stack(each) for name, each in made.items()}
-    count = np.nansum(alone, 1, keepdims=True)
-    nan = np.where(np.isnan(alone), np.nan, 0.0)
-    return made | {"any view": nan + (count >= 1), "two views": nan + (count >= 2)}
+    given = predicted.target
+    if sources == "right":
+        wrong = torch.from_numpy(found_by(None, predicted) == 0)
+        given = predicted.output.masked_fill(wrong[..., None, None], -10.0)
+    elif sources != "perfect":
+        raise ValueError(f'sources must be "right" or "perfect", got {sources!r}')
+    views = range(predicted.output.shape[1])
+    others = torch.tensor([[s for s in views if s != r] for r in views])  # (V, V − 1): the references are a batch
+    each = zip(given, predicted.output, predicted.F, strict=True)
+    fused = [module(source[others], own, F[others, torch.tensor(views)[:, None]]) for source, own, F in each]
+    return replace(predicted, output=torch.stack(fused))

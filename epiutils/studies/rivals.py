@@ -53,7 +53,7 @@ class Line(Alone):
         return heatmaps + self.gain * sum_at_references(self._ridges(heatmaps, F))
 
     def _ridges(self, heatmaps: Tensor, F: Tensor) -> Tensor:
-        """What each pair's source says of the reference's pixels: (B, V (V − 1), J, H, W)."""
+        """Sum, mean or maximum of each pair's source over the bands: (B, V, J, H, W) → (B, V (V − 1), J, H, W)."""
         pencil = Pencil.from_fundamental(view_pairs(F), tuple(heatmaps.shape[-2:]), self.threshold)
         sources = of_sources(heatmaps).flatten(0, 1)
         if self.collect == "max":
@@ -69,8 +69,9 @@ class Line(Alone):
 class WeightedMax(Line):
     """As AdaFuse: fused = λ_r reference + gain Σ_s λ_s (maximum of source s along the line), λ learned.
 
-    λ > 0, one for each view and joint, is the exponential of a small network of three numbers: how high the view's peak is, how spread its map (the
-    entropy), and what the other views' lines say at the peak.  AdaFuse reads it from features of its backbone too.
+    λ > 0, one for each view and joint, is the exponential of a small network of three numbers: the height of the view's
+    peak, the entropy of its map, and the sum of the other views' maxima at the peak.  AdaFuse reads λ from features of
+    its backbone too.
     """
 
     def __init__(self, threshold: float = 1.0, hidden: int = 8):
