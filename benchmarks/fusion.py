@@ -1,6 +1,6 @@
-"""What fusion costs: its share of a network's time, and the repaired module beside its rivals in time and memory.
+"""What fusion costs: each part of the original's iteration, its share of a network's time, and modules beside each other.
 
-    python benchmarks/fusion.py [--batch 8] [--rounds 5] [--json data/results/fusion.json]
+    python benchmarks/fusion.py [--what iteration modules] [--batch 8] [--rounds 5] [--json data/results/fusion.json]
 
 All candidates take turns in one run, and medians over the rounds count: a busy machine is busy for all of them, and
 what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.  The memory
@@ -10,9 +10,11 @@ of each module is measured on the CPU, in a process of its own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,15 +22,19 @@ from pathlib import Path
 
 import torch
 from redirect import measure  # beside this file
+from torch.utils.data import default_collate
 
 from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.files import replacing
+from epiutils.data.views import heatmap_fundamentals
 from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import joints_mse
-from epiutils.networks.hrnet import SLIM, PoseHRNet, normalise
+from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise
 from epiutils.networks.predict import device_name
-from epiutils.studies.fitting import fusion_loss
-from epiutils.studies.runs import TOGETHER, WithNext
+from epiutils.redirect import Pencil, redirect
+from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, fusion_loss
+from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once, training_pictures
+from epiutils.studies.runs import TOGETHER, TRAINING, WithNext
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")
@@ -41,6 +47,76 @@ def load(batch: int) -> dict[str, torch.Tensor]:
     data = MultiView(torch.utils.data.Subset(Benchmark("test").prepare(only=chosen), chosen))
     scenes = torch.utils.data.default_collate(list(data))
     return {key: value.to("cuda" if torch.cuda.is_available() else "cpu") for key, value in scenes.items()}
+
+
+LOOP_ROWS = 2  # of one heatmap, that the original's nested loops really visit
+
+
+def quickest(run: Callable, times: int = 9) -> float:
+    """Seconds of the quickest of a few calls, after one more: a machine has other work, too."""
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def iteration(batch: int) -> dict[str, dict[str, float]]:
+    """Seconds of each part of a training iteration of so many pairs of views, in the original's way and in ours.
+
+    The original's nested loops are extrapolated from `LOOP_ROWS` rows of one heatmap, and forward only; the parts
+    that both ways have are measured once.
+    """
+    pairs, pictures = HeatmapPairs(heatmaps_once("original", "train", TRAINING)), training_pictures("train", TRAINING)
+    samples, shot = (default_collate([data[len(PAIRS) * k] for k in range(batch)]) for data in (pairs, pictures))
+    images, truth = normalise(torch.cat([shot["source"], shot["reference"]])), (samples["target"], samples["weight"])
+    cameras = [view.camera for view in Benchmark("train")[0]]
+    fusion, network = OriginalFusion(), load_checkpoint(CHECKPOINTS["original"]).train()
+    free, joints, (height, width) = (
+        FusedNetwork(network, fusion),
+        samples["source"].shape[1],
+        samples["source"].shape[-2:],
+    )
+    updates = {module: torch.optim.AdamW(module.parameters(), lr=0) for module in (fusion, network, free)}
+
+    def trained(module: torch.nn.Module, inputs: dict) -> None:
+        fusion_loss(module, inputs).backward()
+        updates[module].step()
+        updates[module].zero_grad()
+
+    F, ours = samples["F"], {"F from two cameras": quickest(lambda: heatmap_fundamentals(cameras))}
+    ours["set-up of F"] = quickest(lambda: Pencil.from_fundamental(F, (height, width), 1.0))
+    pencil = Pencil.from_fundamental(F, (height, width), 1.0)
+    with torch.no_grad():
+        weighed = fusion.convolve(samples["source"])
+        fused = fusion(samples["source"], samples["reference"], pencil)
+        ours["convolution"] = quickest(lambda: fusion.convolve(samples["source"]))
+        ours["redirection"] = quickest(lambda: pencil.sum(weighed))
+        ours["loss"] = quickest(lambda: joints_mse(fused, *truth))
+    loss = fusion_loss(fusion, samples)
+    ours["gradient of nine weights"] = quickest(lambda: loss.backward(retain_graph=True))
+    ours["their update"] = quickest(updates[fusion].step)
+    ours["frozen iteration"] = quickest(lambda: trained(fusion, samples))
+    with torch.no_grad():
+        ours["backbone, forward"] = quickest(lambda: network(images), 3)
+    loss = joints_mse(network(images)[:batch], *truth)
+    ours["backbone, gradient"] = quickest(lambda: loss.backward(retain_graph=True), 3)
+    ours["backbone, update"] = quickest(updates[network].step)
+    ours["free iteration"] = quickest(lambda: trained(free, shot), 3)
+
+    padded, w = torch.nn.functional.pad(samples["source"][0, 0], (1, 1, 1, 1)), fusion.weight.detach()
+    places = list(itertools.product(range(LOOP_ROWS), range(width)))
+    loops = {
+        "convolution": lambda: [(padded[y : y + 3, x : x + 3] * w).sum() for y, x in places],
+        "redirection": lambda: redirect(weighed[0, :1], F[0], 1.0, "loop", out_shape=(LOOP_ROWS, width)),
+    }
+    original = {part: quickest(run) * height / LOOP_ROWS * joints * batch for part, run in loops.items()}
+    original |= {part: ours[part] for part in ("F from two cameras", "loss", "their update", "backbone, forward")}
+    original["frozen iteration"] = sum(original.values())
+    more = ours["backbone, gradient"] + ours["backbone, update"]
+    original["free iteration"] = original["frozen iteration"] + more
+    return {"original": original, "ours": ours}
 
 
 def candidates(scenes: dict[str, torch.Tensor]) -> dict:
@@ -117,14 +193,33 @@ def _wait() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=("iteration", "modules"), default=("iteration", "modules"))
     parser.add_argument("--batch", type=int, default=8, help="instants, and pairs of views (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     chosen = parser.parse_args()
+    about = {"device": device_name(), "torch": torch.__version__, "batch": chosen.batch}
+    about |= {"command": " ".join(["python", "benchmarks/fusion.py", *sys.argv[1:]])}
+    results = json.loads(chosen.json.read_text("utf-8")) if chosen.json and chosen.json.exists() else {}
     torch.manual_seed(0)
-    peaks, scenes = memory(chosen.batch), load(chosen.batch)
+    if "modules" in chosen.what:
+        results |= about | {"rounds": chosen.rounds} | beside_each_other(chosen.batch, chosen.rounds)
+    if "iteration" in chosen.what:
+        results["iteration"] = about | {"seconds": iteration(chosen.batch)}
+        print(f"{device_name()}; an iteration of {chosen.batch} pairs")
+        for way, parts in results["iteration"]["seconds"].items():
+            for part, value in parts.items():
+                print(f"  {way + ', ' + part:38s} {1e3 * value:12.2f} ms")
+    if chosen.json:
+        with replacing(chosen.json) as part:
+            part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def beside_each_other(batch: int, rounds: int) -> dict:
+    """`seconds` of networks and of fusion beside them, the `shares` that fusion adds, and what `rivals` cost."""
+    peaks, scenes = memory(batch), load(batch)
     modules = {name: all_views(name, scenes["target"], scenes["F"]) for name in MODULES}
-    seconds = measure(candidates(scenes) | {name: run for name, (_, run) in modules.items()}, chosen.rounds)
+    seconds = measure(candidates(scenes) | {name: run for name, (_, run) in modules.items()}, rounds)
     seconds["repaired, all views"] = seconds["repaired_frozen"]
     costs = {
         name: {"parameters": number, "milliseconds": 1e3 * seconds.pop(name), "peak_mb": peaks[name]}
@@ -138,19 +233,14 @@ def main() -> None:
             ("original", "forward and backward", "forward and backward"),
         )
     }
-    print(f"{device_name()}; {4 * chosen.batch} pictures forward, {2 * chosen.batch} forward and backward")
+    print(f"{device_name()}; {4 * batch} pictures forward, {2 * batch} forward and backward")
     for name, value in seconds.items():
         print(f"  {name:32s} {1e3 * value:10.1f} ms")
     for name, value in shares.items():
         print(f"  {name:45s} {100 * value:5.1f} %")
     for name, cost in costs.items():
         print("  {:18s} {:>13,} parameters {:8.1f} ms {:8.0f} MB".format(name, *cost.values()))
-    if chosen.json:
-        results = {"device": device_name(), "torch": torch.__version__, "batch": chosen.batch, "rounds": chosen.rounds}
-        results["command"] = " ".join(["python", "benchmarks/fusion.py", *sys.argv[1:]])
-        results |= {"seconds": seconds, "shares": shares, "rivals": costs}
-        with replacing(chosen.json) as part:
-            part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    return {"seconds": seconds, "shares": shares, "rivals": costs}
 
 
 if __name__ == "__main__":
