@@ -1,17 +1,18 @@
 """The failure's causes against literal loops, NumPy's least squares, autograd and the trainings that they stand for."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rigs import camera_pair, look_at, random_maps, world_points
+from rigs import LENS, camera_pair, look_at, random_maps, world_points
 from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, made_up
 
 from epiutils import plot
 from epiutils.data.views import Predicted
 from epiutils.epipolar import fundamental_from_cameras, point_line_distance, transfer
-from epiutils.fusion import OriginalFusion
+from epiutils.fusion import OriginalFusion, SimpleFusion
 from epiutils.heatmaps import joints_mse
 from epiutils.metrics import joint_mean
 from epiutils.networks.loop import train
@@ -205,6 +206,23 @@ def test_training_on_the_equations_is_training_on_the_heatmaps():
     assert (path[:, 0] - path[:, -1]).abs().max() > 0.05
 
 
+def test_behind_the_sigmoid_training_goes_through_the_heatmaps_once(monkeypatch):
+    predicted, initial = made(11, scenes=2), causes.initial_weights((0, 1)) / 20
+    weights = causes.behind_sigmoid(predicted, initial, 1.5, 3)
+    for seed, of_seed in enumerate(weights):
+        fusion = OriginalFusion(1.5, sigmoid=True, shape=SHAPE, initial=initial[seed].reshape(3, 3))
+        train(fusion, fusion_loss, HeatmapPairs(predicted), steps=3, batch=8, lr=1e-3, weight_decay=0, seed=seed,
+              schedule="constant", progress=False)  # fmt: skip
+        torch.testing.assert_close(of_seed, fusion.weight.detach().flatten(), rtol=1e-4, atol=1e-6)
+    assert (weights - initial).abs().amax() > 1e-3 and not torch.equal(weights[0], weights[1])
+    monkeypatch.setattr(
+        causes, "SimpleFusion", functools.wraps(SimpleFusion, updated=())(lambda *_, **__: pytest.fail())
+    )
+    assert torch.equal(causes.behind_sigmoid(predicted, initial, 1.5, 3), weights)
+    with pytest.raises(pytest.fail.Exception):
+        causes.behind_sigmoid(replace(predicted, F=predicted.F.mT), initial, 1.5, 3)
+
+
 def test_what_a_band_counts_for_divides_the_ridge_by_the_number_of_its_pixels():
     predicted = as_double(made(8, 1))
     pairs = Pairs(predicted, causes.each_pair(range(1)))
@@ -301,7 +319,8 @@ def test_the_epipole_is_inside_where_the_source_camera_is_in_the_picture():
 @pytest.mark.parametrize("seed", range(3))
 def test_forgetting_the_crop_takes_f_of_the_whole_pictures(seed):
     cameras, X = camera_pair(seed), world_points(seed)
-    F = causes.forgetting_crop(cameras, SHAPE)
+    lenses = camera_pair(seed, LENS)  # the pictures are undistorted
+    F = causes.forgetting_crop(lenses, SHAPE)
     assert F.shape == (2, 2, 3, 3) and not F[0, 0].any()
     small = [camera.project(X) * np.array([SHAPE[1], SHAPE[0]]) / camera.size for camera in cameras]
     for s, r in ((0, 1), (1, 0)):

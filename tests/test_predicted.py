@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +27,6 @@ from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import accuracy, render
 from epiutils.metrics import bootstrap, joint_mean
 from epiutils.networks.hrnet import load_checkpoint, normalise, save_checkpoint
-from epiutils.networks.predict import predict
 from epiutils.studies import predicted as studied
 from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, PicturePairs, train_pairs
 from epiutils.studies.predicted import (
@@ -295,12 +293,6 @@ def test_whatever_differs_has_a_file_of_its_own(monkeypatch, tmp_path):
 # Heatmaps computed once
 
 
-def predict_here(network, data, workers, **settings) -> Predicted:
-    """`predict` without the seconds that a worker needs to begin, but of the data as it would get it."""
-    assert workers > 0
-    return predict(network, pickle.loads(pickle.dumps(data)), **settings)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A cache of its own, splits of 14 instants, and two checkpoints of a tiny network."""
@@ -313,7 +305,6 @@ def cache(tmp_path_factory):
         patch.setitem(SPLITS, "test", TEST)
         patch.setitem(SPLITS, "train", ((1,), 1, 1, 10_000))
         patch.setenv("EPIUTILS_CACHE", str(folder))
-        patch.setattr(studied, "predict", predict_here)
         yield folder
 
 
@@ -437,8 +428,6 @@ def test_other_cameras_have_a_file_of_their_own(asked, tmp_path, monkeypatch):
 
 
 def test_a_backbone_that_was_set_free_is_trained_once(cache, monkeypatch):
-    here = functools.wraps(train_pairs)(lambda *given, workers, **settings: train_pairs(*given, **settings))
-    monkeypatch.setattr(studied, "train_pairs", here)  # a worker takes seconds to begin
     settings = {"scenes": slice(0, 1), "steps": 2, "batch": 2, "train_scenes": slice(1, 2)}
     seen, training = freed("best", **settings)
     torch.manual_seed(0)

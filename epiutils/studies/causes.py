@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from epiutils.cameras import Camera
 from epiutils.data.views import Predicted
 from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
+from epiutils.fusion import SimpleFusion
 from epiutils.heatmaps import hrnet_distances
 from epiutils.metrics import found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
-from epiutils.studies.fitting import PAIRS
+from epiutils.studies.fitting import PAIRS, HeatmapPairs, train_pairs
 from epiutils.studies.predicted import fingerprint, kept
 
 # Which pairs of views
@@ -78,7 +79,8 @@ class Pairs:
     @cached_property
     def known(self) -> bytes:
         """What stands for these pairs where results of theirs are `kept`."""
-        seen = self.predicted[np.unique(self.chosen[..., 0])]
+        scenes = np.unique(self.chosen[..., 0])
+        seen = self.predicted if len(scenes) == len(self.predicted) else self.predicted[scenes]
         return fingerprint([self.chosen, self.F, self.maps, getattr(seen, self.maps), seen.target, seen.weight])
 
     @cached_property
@@ -276,6 +278,23 @@ def initial_weights(seeds: Sequence[int]) -> Tensor:
     return torch.stack(drawn).flatten(1)
 
 
+def behind_sigmoid(predicted: Predicted, initial: Tensor, threshold: float = 1.0, steps: int = 50) -> Tensor:
+    """The nine weights after training behind the sigmoid, which no parabola gives: (S, 9), `kept` in the cache.
+
+    initial: (S, 9), those that seed 0, 1, … begins with; it orders the pairs.  On the maps of all pairs of views.
+    """
+
+    def make() -> dict[str, Tensor]:
+        modules = [SimpleFusion(threshold, sigmoid=True, initial=weights.reshape(3, 3)) for weights in initial]
+        for seed, module in enumerate(modules):
+            train_pairs(module, HeatmapPairs(predicted), steps, seed=seed)
+        return {"weights": torch.stack([module.conv.weight.detach().flatten() for module in modules])}
+
+    seen = [getattr(predicted, name) for name in ("output", "target", "weight", "F")]
+    depends = [SimpleFusion, Pencil, train_pairs, batches, seen, initial, threshold, steps]
+    return kept("sigmoid", depends, make)["weights"]
+
+
 # Lines, bands, epipoles
 
 
@@ -317,9 +336,10 @@ def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
 def forgetting_crop(cameras: Sequence[Camera], shape: tuple[int, int], joints: np.ndarray | None = None) -> Tensor:
     """F between heatmaps as if they showed the whole pictures, not crops: (V, V, 3, 3), F[s, r] from view s to view r.
 
-    From calibration; or, with joints (..., 3) in metres, by OpenCV's least median of squares from their whole pixels in
-    the uncropped pictures, as its tutorial does it.
+    cameras: of the whole pictures, whose distortion is taken away.  From calibration; or, with joints (..., 3) in
+    metres, by OpenCV's least median of squares from their whole pixels, as its tutorial does it.
     """
+    cameras = [camera.without_distortion() for camera in cameras]
     F = np.zeros((len(cameras), len(cameras), 3, 3))
     scales = [np.diag([shape[1] / c.size[0], shape[0] / c.size[1], 1.0]) for c in cameras]
     for s, r in itertools.permutations(range(len(cameras)), 2):

@@ -135,7 +135,7 @@ def heatmaps_once(
             instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
         elif not dataset:
             data.prepare(progress=progress, only=chosen)
-        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), workers=1, progress=progress))
+        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), progress=progress))
 
     depends = [checkpoint, split, *_instants(data, chosen, rig)]
     return _whole(kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make))
@@ -187,10 +187,10 @@ def freed(
         torch.manual_seed(0)
         model = FusedNetwork(load_checkpoint(checkpoint), OriginalFusion(threshold)).train()
         pictures = training_pictures("train", train_scenes, dataset)
-        rows = train_pairs(model, pictures, steps, batch, lr, workers=1)
+        rows = train_pairs(model, pictures, steps, batch, lr)
         if not dataset:
             data.prepare(progress=False, only=chosen)
-        seen = predict(model.network, MultiView(torch.utils.data.Subset(data, chosen)), workers=1)
+        seen = predict(model.network, MultiView(torch.utils.data.Subset(data, chosen)))
         training = {name: torch.from_numpy(values) for name, values in followed(rows).items()}
         return _halved(seen) | training | {"weights": model.fusion.weight.detach()}
 
