@@ -31,8 +31,6 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 IDEA = ("cameras", "epipolar", "heatmaps", "redirect", "fusion", "triangulate", "space", "metrics")
 OPEN = (*IDEA, "data", "studies", "plot", "explore", "report.record")  # what notebooks import from
 # Notebooks that are still to be cut to the limits: their longest cells, their names, and what else they import
-LONGEST = {"06": 17, "07": 19}
-NAMES = {"06": 28, "07": 32}
 NETWORKS = {"networks.hrnet.load_checkpoint", "networks.hrnet.normalise", "networks.loop.train"}
 NETWORKS |= {"networks.predict.predict"}
 
@@ -73,7 +71,7 @@ def test_the_first_cell_holds_parameters_and_nothing_but_literals(cells):
 
 def test_cells_are_short_and_without_what_stalls_headless_runs(path, cells):
     for cell in cells:
-        assert code_lines(cell) <= LONGEST.get(path.name[:2], 12), cell.source
+        assert code_lines(cell) <= 12, cell.source
         assert not re.search(r"\binteract(ive|ive_output)?\b|\bOutput\(", cell.source), cell.source
 
 
@@ -95,7 +93,7 @@ def test_notebooks_import_few_names_and_only_what_is_theirs(path, cells):
             assert not [alias for alias in node.names if alias.name.split(".")[0] == "epiutils"], "from … import …"
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("epiutils", "benchmarks"):
             names |= {f"{node.module}.{alias.name}".removeprefix("epiutils.") for alias in node.names}
-    assert 1 <= len(names) <= NAMES.get(path.name[:2], 15), f"{len(names)}: {sorted(names)}"
+    assert 1 <= len(names) <= 15, f"{len(names)}: {sorted(names)}"
     for name in names - NETWORKS:
         assert any(f"{name}.".startswith(f"{module}.") for module in OPEN), name
         assert not any(part.startswith("_") for part in name.split(".")), name
