@@ -30,7 +30,7 @@ ELSEWHERE = re.compile(  # what reads, or may read, relative to where a kernel w
 VIEW = "application/vnd.jupyter.widget-view+json"
 IDEA = ("cameras", "epipolar", "heatmaps", "redirect", "fusion", "triangulate", "space", "metrics")
 OPEN = (*IDEA, "data", "studies", "plot", "explore", "report.record")  # what notebooks import from
-# Notebooks that are still to be cut to the limits: their longest cells, their names, and what else they import
+# What notebooks import of networks, for want of another way
 NETWORKS = {"networks.hrnet.load_checkpoint", "networks.hrnet.normalise", "networks.loop.train"}
 NETWORKS |= {"networks.predict.predict"}
 
