@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scenes import found_literally
 from scipy import stats
 from scipy.optimize import least_squares
 from scipy.spatial import procrustes
@@ -27,15 +28,6 @@ def maps(seed, batch=9, joints=5, moved=3):
         target[b, j, y, x] = 1
         output[b, j, min(max(y + dy, 0), SHAPE[0] - 1), min(max(x + dx, 0), SHAPE[1] - 1)] = 0.3
     return output, target
-
-
-def literal_found(output, target):
-    right = np.full(output.shape[:2], math.nan)
-    for b, j in np.ndindex(*right.shape):
-        (y, x), (y0, x0) = (np.unravel_index(m[b, j].argmax(), SHAPE) for m in (output, target))
-        if x0 > 1 and y0 > 1:  # HRNet's order: x in tenths of the height, y in tenths of the width
-            right[b, j] = math.hypot((x - x0) / (SHAPE[0] / 10), (y - y0) / (SHAPE[1] / 10)) < 0.5
-    return right
 
 
 def literal_joint_mean(values):
@@ -66,10 +58,10 @@ def every_resample(values, against=None):
 @pytest.mark.parametrize("seed", range(5))
 def test_found_is_hrnets_rule_its_joint_mean_accuracy_and_its_plain_mean_pck(seed):
     output, target = maps(seed)
-    right = found(output, target)
-    np.testing.assert_array_equal(right, literal_found(output, target))
+    right, tensors = found(output, target), (torch.from_numpy(output), torch.from_numpy(target))
+    np.testing.assert_array_equal(right, found_literally(*tensors))
+    np.testing.assert_array_equal(found(*tensors), right)
     assert set(right[~np.isnan(right)]) == {0, 1} and np.isnan(right).any()
-    np.testing.assert_array_equal(found(torch.from_numpy(output), torch.from_numpy(target)), right)
     target[:, 1] = 0  # a joint without samples
     target[:6, 2], output[:, 2] = 0, 0  # and one with few, all wrong, so that the two means differ
     right = found(output, target)
