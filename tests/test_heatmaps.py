@@ -21,6 +21,7 @@ from epiutils.heatmaps import (
     position_cross_entropy,
     render,
 )
+from epiutils.metrics import found
 
 SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 
@@ -82,7 +83,7 @@ def assert_hrnets(output, target):
     np.testing.assert_equal(pck(output, target), pooled(output, target))
 
 
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@settings(derandomize=True, deadline=None, max_examples=120, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 5),
@@ -420,10 +421,9 @@ def test_cross_entropy_leaves_the_all_zero_map_where_the_mse_hardly_moves():
 
 
 def counted_right(target):
-    """For each pixel of the map, whether `accuracy` counts a prediction whose only peak is there: (H, W) bool."""
-    height, width = target.shape
-    alone = torch.eye(height * width).reshape(-1, 1, height, width)
-    return np.array([accuracy(output[None], target[None, None]) for output in alone]).reshape(height, width) == 1
+    """For each pixel of the map, whether HRNet counts a prediction whose only peak is there: (H, W) bool."""
+    alone = torch.eye(target.numel()).reshape(1, -1, *target.shape)
+    return found(alone, target.expand_as(alone)).reshape(target.shape) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

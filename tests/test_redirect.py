@@ -138,7 +138,7 @@ KINDS = {
 }
 
 PIXELS, ROUNDED = "epipoles at pixels, exactly", "epipoles at pixels, but for rounding"
-SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda s: s[0] != s[1])
+SIZES = st.tuples(st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[0] != s[1])
 
 
 def draw(kind, seed, shape, out_shape):
@@ -461,7 +461,7 @@ def test_the_maxima_of_a_batch_with_an_F_each_are_those_of_a_loop():
 @pytest.mark.parametrize(("kind", "seed"), GRADIENT_CASES)
 def test_gradients_of_the_maximum_are_those_of_finite_differences(kind, seed, sharpness):
     _, pencil = pencil_of(kind, seed)
-    values = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).double().reshape(2, 3, 4) / 8
+    values = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).double().reshape(1, 3, 4) / 8
     filled = pencil.count[0] > 0
     assert filled.any()
     assert torch.autograd.gradcheck(lambda v: pencil.max(v, sharpness)[:, filled], values.requires_grad_())
