@@ -21,10 +21,9 @@ def homogeneous(x):
 class Camera:
     """A pinhole camera with lens distortion: x ~ K · distort(R X + t) (H&Z 6.1, 7.4).
 
-    K: (3, 3) intrinsics in pixels.  R: (3, 3) rotation and t: (3,) translation in metres, world to
-    camera, on OpenCV's axes (x right, y down, z forward).  distortion: (k1, k2, p1, p2[, k3[, k4, k5, k6]]), or with
-    fisheye (k1, k2, k3, k4) of OpenCV's fisheye model.
-    size: (width, height) in pixels.  The arrays are read-only float64 copies.
+    K: (3, 3) intrinsics in pixels.  R: (3, 3) rotation and t: (3,) translation in metres, world to camera, on OpenCV's
+    axes (x right, y down, z forward).  distortion: OpenCV's (k1, k2, p1, p2[, k3[, k4, k5, k6]]), or (k1, k2, k3, k4)
+    of its fisheye model with fisheye=True.  size: (width, height) in pixels.  The arrays are read-only float64 copies.
     Raises ValueError, naming the camera and the field, where one of them cannot be a camera's.
     """
 
