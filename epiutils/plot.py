@@ -114,8 +114,10 @@ def skeleton(
     joints, size = np.asarray(joints), (width / 1.5) ** 2
     ax.add_collection(LineCollection([joints[list(b)] for b in bones], colors=colour, linewidths=width, alpha=0.85))
     seen = np.ones(len(joints), bool) if hidden is None else ~np.asarray(hidden)
-    ax.scatter(*joints[seen].T, s=14 * size, c=colour, edgecolors="white", linewidths=width / 3, zorder=3)
-    ax.scatter(*joints[~seen].T, s=18 * size, facecolors="none", edgecolors=colour, linewidths=0.8 * width, zorder=3)
+    full, hollow = (14, colour, "white", width / 3), (18, "none", colour, 0.8 * width)
+    for shown, (area, face, edge, rim) in ((seen, full), (~seen, hollow)):
+        if shown.any():  # one line of markers takes a fifth of a scatter's time
+            ax.plot(*joints[shown].T, "o", ms=(area * size) ** 0.5, mfc=face, mec=edge, mew=rim, zorder=3)
     return ax
 
 
@@ -179,7 +181,8 @@ def skeleton3d(
         Line3DCollection(lines, colors=colour, linewidths=width, linestyles=dashes, alpha=0.9, label=label)
     )
     for shown, face, edge in ((known & ~hidden, colour, "white"), (known & hidden, "white", colour)):
-        ax.scatter(*joints[shown].T, s=4.5 * width**2, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
+        if shown.any():
+            ax.scatter(*joints[shown].T, s=4.5 * width**2, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
     return ax
 
 

@@ -83,11 +83,12 @@ def test_a_flat_skeleton_has_hollow_joints_where_they_are_hidden():
     _, ax = plot.figure()
     joints, hidden = STANDING[:, ::2], np.arange(17) == 5
     assert plot.skeleton(ax, joints, BONES, hidden=hidden) is ax
-    bones, full, hollow = ax.collections
+    (bones,), (full, hollow) = ax.collections, ax.lines
     np.testing.assert_array_equal(bones.get_segments(), joints[np.array(BONES)])
-    np.testing.assert_array_equal(hollow.get_offsets(), joints[hidden])
-    np.testing.assert_array_equal(full.get_offsets(), joints[~hidden])
-    assert not len(hollow.get_facecolor()) and len(full.get_facecolor())
+    np.testing.assert_array_equal(hollow.get_xydata(), joints[hidden])
+    np.testing.assert_array_equal(full.get_xydata(), joints[~hidden])
+    assert hollow.get_markerfacecolor() == "none" and full.get_markerfacecolor() == plot.ORANGE
+    assert len(plot.skeleton(plot.figure()[1], joints, BONES).lines) == 1  # nothing is hidden
 
 
 def test_a_line_runs_through_the_picture_from_edge_to_edge_at_its_distance():
