@@ -175,8 +175,8 @@ GREEDY = {
     + b"\x94("
     + 10_000 * b"h\x00h\x01N\x86R"
     + b"t.",
-    "10 million lists": b"(" + 9_999_998 * b"]" + b"t.",
-    "10 million names": b"N" + 9_999_998 * b"\x94" + b".",
+    "4 million lists": b"(" + 4_000_000 * b"]" + b"t.",
+    "4 million names": b"N" + 4_000_000 * b"\x94" + b".",
     "a set": pickle.dumps([{1, 2}], 4),
     "no end": b"N" * 1000,
     "a number of 5,000 digits": b"I" + b"1" * 5000 + b"\n.",

@@ -95,7 +95,7 @@ def _rotation(numbers: np.ndarray) -> np.ndarray:
 
 def _of_qualisys(data: bytes, path: Path) -> list[Camera]:
     with reading(path, "a Calib.toml nor Qualisys' calibration (XML)"):
-        if b"<!" in data.replace(b"<!--", b""):
+        if b"<!" in data.replace(b"\0", b"").replace(b"<!--", b""):  # in UTF-16 too
             raise ValueError("it has a DOCTYPE or an ENTITY, which calibrations do not need")
         found = ElementTree.fromstring(data).findall("cameras/camera")
     kinds = [camera.get("model", "none").lower() for camera in found]
