@@ -279,5 +279,5 @@ def training_pictures(split: str = "train", scenes: int | slice = slice(None), d
     data = open_split(split, dataset)
     chosen = choose(data, scenes)
     if isinstance(data, Benchmark):
-        data.prepare(only=chosen)
+        data.prepare(progress=False, only=chosen)
     return PicturePairs(MultiView(torch.utils.data.Subset(data, chosen)))
