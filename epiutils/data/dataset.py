@@ -44,6 +44,8 @@ CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # or the folder 
 SPLITS = {
     "train": ((1,), 15, 4, 10_000),
     "train-large": ((1, 5, 6, 7, 8), 30, 3, 20_000),
+    "train-strong": ((1, 5, 6, 7), 60, 3, 40_000),
+    "validation": ((8,), 10, 3, 60_000),
     "test": ((9,), 10, 3, 30_000),
     "test-large": ((9, 11), 10, 3, 30_000),
 }
@@ -140,7 +142,8 @@ class Benchmark(Sequence):
     """The embedded benchmark: a sequence of instants, each a list of four 256×256 Views, kept once rendered.
 
     split: "train" (subject 1) and "test" (subject 9) as the original had them, 840 and 420 instants;
-    "train-large" (1, 5, 6, 7, 8) and "test-large" (9, 11), 6,300 and 840.  Pictures of training splits are kept as
+    "train-large" (1, 5, 6, 7, 8) and "test-large" (9, 11), 6,300 and 840; "train-strong" (1, 5, 6, 7), 10,080, which
+    leaves subject 8 to choose on, "validation", 420.  Pictures of training splits are kept as
     JPEG of quality 95, those of test splits without loss.  What is missing is rendered when asked for; `prepare`
     renders all of it at once.  cache: the folder; those of other versions of the renderer are not used.
     """
@@ -258,13 +261,15 @@ class Augmentation:
 
     scale: the crop's side changes by a factor of up to 1 ± scale.  rotation: about the view axis, up to ± degrees.
     shift: of the centre, up to ± this part of the side.  colour: 0 to 1, how far channels are mixed and exposure,
-    contrast and gamma move.
+    contrast and gamma move.  hiding: patches a view has painted over it on average, as things that stand before the
+    person would; each has its centre near a joint, and joints under it are not visible.
     """
 
     scale: float = 0.2
     rotation: float = 25.0
     shift: float = 0.06
     colour: float = 0.7
+    hiding: float = 0.0
 
     def __call__(self, view: View, rng: np.random.Generator, size: int = 256) -> View:
         """The view cut anew to size × size px and recoloured."""
@@ -273,7 +278,8 @@ class Augmentation:
         centre = np.array((width, height)) / 2 + rng.uniform(-self.shift, self.shift, 2) * side
         angle = np.radians(rng.uniform(-self.rotation, self.rotation))
         view = view.crop(crop_affine(centre, side, (size, size), angle), (size, size))
-        return replace(view, image=self._recolour(view.image, rng))
+        view = replace(view, image=self._recolour(view.image, rng))
+        return self._hide(view, rng) if self.hiding else view
 
     def _recolour(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         mix = rng.dirichlet((0.6, 0.6, 0.6), 3)  # each new channel is a mean of the old ones
@@ -282,6 +288,32 @@ class Augmentation:
         offset, gamma = self.colour * rng.uniform(-25, 25), np.exp(self.colour * rng.uniform(-0.35, 0.35))
         table = 255 * np.linspace(0, 1, 256) ** gamma
         return cv2.LUT(cv2.transform(image, np.column_stack([gain[:, None] * mix, [offset] * 3])), np.uint8(table))
+
+    def _hide(self, view: View, rng: np.random.Generator) -> View:
+        """Patches over the view: boxes and ellipses, of one colour or cut out of another place of the picture."""
+        image, size = view.image.copy(), view.camera.size[0]
+        visible = np.ones(len(view.joints), bool) if view.visible is None else view.visible.copy()
+        known = view.joints[np.isfinite(view.joints).all(-1)]
+        for _ in range(rng.poisson(self.hiding) if len(known) else 0):
+            half = rng.uniform(0.04, 0.17, 2) * size
+            centre = known[rng.integers(len(known))] + rng.uniform(-0.6, 0.6, 2) * half
+            mask = np.zeros(image.shape[:2], np.uint8)
+            if rng.random() < 0.5:
+                box = (centre.tolist(), (2 * half).tolist(), float(rng.uniform(0, 180)))
+                cv2.fillPoly(mask, [np.round(cv2.boxPoints(box)).astype(np.int32)], 1)
+            else:
+                cv2.ellipse(mask, (centre.tolist(), (2 * half).tolist(), float(rng.uniform(0, 180))), 1, -1)
+            if rng.random() < 0.5:
+                patch = np.broadcast_to(rng.integers(20, 236, 3).astype(np.uint8), image.shape)
+            else:
+                patch = np.roll(view.image, rng.integers(0, size, 2), (0, 1))
+            np.copyto(image, patch, where=mask[..., None] > 0)
+            at = np.nan_to_num(np.round(view.joints), nan=-1).astype(int)
+            inside = ((at >= 0) & (at < mask.shape[::-1])).all(-1)
+            under = np.zeros(len(visible), bool)
+            under[inside] = mask[at[inside, 1], at[inside, 0]] > 0
+            visible &= ~under
+        return replace(view, image=image, visible=visible)
 
 
 class MultiView(torch.utils.data.Dataset):

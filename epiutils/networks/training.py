@@ -45,10 +45,11 @@ def pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tens
 
 def train_pose(
     network: nn.Module, scenes: Sequence, out: str | os.PathLike | None = None, *, size: int = 256, batch: int = 4,
-    lr: float = 2e-3, warmup: int = 50, seed: int = 0, workers: int = 1, facts: dict | None = None, **settings,
+    lr: float = 2e-3, warmup: int = 50, seed: int = 0, workers: int = 1, hiding: float = 0.0, facts: dict | None = None,
+    **settings,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """Train HRNet on augmented instants with `pose_loss`, as the checkpoints that ship were; see `train`."""
-    augmentation = Augmentation()
+    augmentation = Augmentation(hiding=hiding)
     data = MultiView(scenes, augmentation, size, seed)
     settings = {"batch": batch, "lr": lr, "warmup": warmup, "clip": 1.0, "seed": seed, "workers": workers} | settings
     return train(network, pose_loss, data, out, facts={"size": size, **vars(augmentation)} | (facts or {}), **settings)
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=0, help="steps between validations and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that load (default: %(default)s)")
+    parser.add_argument("--hiding", type=float, default=0.0, help="patches painted over each view, on average")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     return parser
 
@@ -99,11 +101,12 @@ def _run(chosen: argparse.Namespace) -> int:
     network = _network(chosen)
     Settings(**settings).check(network, chosen.out if first else None, accelerator.num_processes, chosen.stop)
     told = _provenance(chosen)
-    scenes, test = _scenes(chosen)
-    test, few = (MultiView(part, size=chosen.size) for part in (test, [test[i] for i in _subset(len(test))]))
+    scenes, few, test = _scenes(chosen)
+    test, few = (MultiView(part, size=chosen.size) for part in (test, [few[i] for i in _subset(len(few))]))
     names = scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
     epochs, rows = train_pose(
-        network, scenes, chosen.out, size=chosen.size, stop=chosen.stop, workers=chosen.workers, **settings,
+        network, scenes, chosen.out, size=chosen.size, stop=chosen.stop, workers=chosen.workers, hiding=chosen.hiding,
+        **settings,
         accelerator=accelerator, facts=_facts(chosen, network, told["data"], scenes),
         validate=lambda network: scores(predict(network, few)),
     )  # fmt: skip
@@ -140,13 +143,15 @@ def _subset(scenes: int) -> range:
     return range(0, scenes, max(1, scenes // 48))
 
 
-def _scenes(chosen: argparse.Namespace) -> tuple[Sequence, Sequence]:
-    """What to train on and what to test on."""
+def _scenes(chosen: argparse.Namespace) -> tuple[Sequence, Sequence, Sequence]:
+    """What to train on, what to follow it on, and what to test it on in the end."""
     if chosen.human36m:
-        return Human36M(chosen.human36m, "train"), Human36M(chosen.human36m, "test")
+        train, test = (Human36M(chosen.human36m, split) for split in ("train", "test"))
+        return train, test, test
+    followed = "validation" if chosen.split == "train-strong" else "test"
     state = PartialState()
     with state.main_process_first():
-        return tuple(Benchmark(s).prepare(progress=state.is_main_process) for s in (chosen.split, "test"))
+        return tuple(Benchmark(s).prepare(progress=state.is_main_process) for s in (chosen.split, followed, "test"))
 
 
 def _facts(chosen: argparse.Namespace, network: PoseHRNet, data: str, scenes: Sequence) -> dict:
