@@ -9,6 +9,7 @@ round, and quotes medians over the rounds: the machine may be busy, but it is eq
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -43,25 +44,35 @@ def measure(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
     times, repeats = {name: [] for name in candidates}, {}
     for name, run in candidates.items():
         run()
+        _wait()
         start = time.perf_counter()
         run()
+        _wait()
         repeats[name] = max(1, round(0.02 / (time.perf_counter() - start)))
     for _ in range(rounds):
         for name, run in candidates.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
+            _wait()
             times[name].append((time.perf_counter() - start) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def case(size: int = 64, joints: int = 17) -> tuple[Tensor, Tensor]:
+def _wait() -> None:
+    """For the work that a GPU was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def case(size: int = 64, joints: int = 17, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Heatmaps (J, size, size) of a person in one view, and F to another view, both scaled to that size."""
     source, reference = people.scene(9, "walk", 20)[:2]
     F = heatmap_fundamentals([source.camera, reference.camera])[0, 1]
     A = np.diag([size / 64, size / 64, 1.0])
     points = torch.from_numpy(source.joints[:joints] * size / 256)
-    return render(points, (size, size), sigma=size / 32).float(), torch.from_numpy(transfer(F, A, A))
+    maps = render(points, (size, size), sigma=size / 32).float()
+    return maps.to(device), torch.from_numpy(transfer(F, A, A)).to(device)
 
 
 def maximum_by_grid_sample(values: Tensor, F: Tensor, volume: bool) -> Tensor:
@@ -71,7 +82,7 @@ def maximum_by_grid_sample(values: Tensor, F: Tensor, volume: bool) -> Tensor:
     sampling of one view's picture.  values: (J, H, W).  F: (3, 3).  Returns (J, H, W).
     """
     H, W = values.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")  # on the CPU, moved with the pixels
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3).to(values)
     a, b, c = (pixels @ F.to(values)).unbind(-1)  # of each reference pixel's line in the source view
     columns, rows = torch.arange(W).to(values), torch.arange(H).to(values)
@@ -87,9 +98,9 @@ def maximum_by_grid_sample(values: Tensor, F: Tensor, volume: bool) -> Tensor:
     return sampled.amax(-1).reshape(-1, H, W)
 
 
-def ladder(rounds: int = 7) -> dict[str, float]:
+def ladder(rounds: int = 7, device: str = "cpu") -> dict[str, float]:
     """Seconds for 17 heatmaps of 64×64 at threshold 1, set-up of F included, from the slowest to the fastest."""
-    values, F = case()
+    values, F = case(device=device)
     J, H, _ = values.shape
     seconds = measure(
         {
@@ -149,13 +160,13 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(2 * np.log(sizes), np.log(values), 1)[0])
 
 
-def all_pairs(batch: int = 8, rounds: int = 3) -> dict[str, float]:
+def all_pairs(batch: int = 8, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
     """Seconds, forward and backward, for a batch of scenes whose four views all fuse with each other."""
     views = people.scene(9, "walk", 20)
     pairs = [(s, r) for r in views for s in views if s is not r] * batch
     F = torch.stack([torch.from_numpy(heatmap_fundamentals([s.camera, r.camera])[0, 1]) for s, r in pairs])
     joints = torch.stack([torch.from_numpy(s.joints) for s, _ in pairs])
-    values = render(joints / 4, (64, 64)).float().requires_grad_()
+    values, F = render(joints / 4, (64, 64)).float().to(device).requires_grad_(), F.to(device)
     pencil = Pencil.from_fundamental(F, (64, 64), THRESHOLD)
     return measure(
         {
@@ -171,15 +182,26 @@ def main() -> None:
     """Measure everything on one thread, print it, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--device", default="cpu", help="cuda: the ladder and all pairs on a GPU (default: %(default)s)"
+    )
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # two would wait for each other on a busy machine, the fastest candidate longest
     results = {"device": device_name(), "torch": torch.__version__}
     results["command"] = " ".join(["python", "benchmarks/redirect.py", *sys.argv[1:]])
     print(results["device"])
-    results |= _measured()
+    results |= _measured() if chosen.device == "cpu" else _on_gpu(chosen.device)
     if chosen.json:
         with replacing(chosen.json) as part:
             part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _on_gpu(device: str) -> dict[str, dict]:
+    """The ladder and all pairs, in seconds."""
+    seconds = {"ladder": ladder(device=device), "all_pairs": all_pairs(device=device, rounds=7)}
+    for name, value in itertools.chain(*(part.items() for part in seconds.values())):
+        print(f"  {name:26s} {1e3 * value:12.3f} ms")
+    return seconds
 
 
 def _measured() -> dict[str, dict]:

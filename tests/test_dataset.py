@@ -75,7 +75,7 @@ def test_splits_have_the_originals_subjects_and_share_no_seed():
         assert {i.action for i in asked} == set(people.ACTIONS)
         performances = {(i.subject, i.action, i.seed) for i in asked}
         assert len(performances) == len({seed for *_, seed in performances})  # a room of its own
-    with pytest.raises(ValueError, match="unknown split 'val': there are train, train-large, test"):
+    with pytest.raises(ValueError, match="unknown split 'val': there are train, train-large, train-strong"):
         Benchmark("val")
 
 
@@ -286,6 +286,24 @@ def test_colours_change_within_bounds(scenes):
     assert np.abs(plain.image.astype(int) - view.image).max() <= 1
     means = np.array([Augmentation(0, 0, 0, 1)(view, rng).image.mean((0, 1)) for _ in range(40)])
     assert means.std(0).min() > 8 and 30 < means.mean() < 225
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hiding_paints_over_some_joints_and_says_which(scenes, seed):
+    """Where a joint is said to be seen still, its pixel is as it was; where it is not any more, a patch lies."""
+    view, hides = scenes[0][seed], Augmentation(0, 0, 0, 0, hiding=2)
+    plain = Augmentation(0, 0, 0, 0)(view, np.random.default_rng(seed))
+    lost = kept = 0
+    for k in range(8):
+        hidden = hides(view, np.random.default_rng((seed, k)))
+        np.testing.assert_array_equal(hidden.joints, plain.joints)
+        changed = (hidden.image != plain.image).any(-1)
+        assert changed.mean() < 0.5
+        x, y = np.round(plain.joints).astype(int).T
+        assert not (changed[y, x] & hidden.visible).any() and not (hidden.visible & ~plain.visible).any()
+        lost += (plain.visible & ~hidden.visible & changed[y, x]).sum()
+        kept += (plain.visible & hidden.visible).sum()
+    assert lost > 8 and kept > 8
 
 
 def test_workers_give_the_same(scenes):

@@ -1,0 +1,392 @@
+"""The original's trainings as they may have been, each at its real length, and HRNet alone trained alike beside it.
+
+    python -m epiutils.studies.readings                       # all that is not done yet; a GPU makes hours of it, a CPU days
+    python -m epiutils.studies.readings --only free alone --seeds 1 --until 1000
+
+Subject 1 whole, ordered pairs of views, Adam at 1e-3 as HRNet has it, and no schedule, which would begin at epoch 170.
+On the way the accuracy on subject 9 is measured, of the fused and of the unfused maps.  On a GPU a step is recorded
+once as a CUDA graph, and the runs of a group go side by side.  A run can be stopped and is taken up where it was last
+measured; what is done lies in runs/readings and is packed into data/results/readings.npz, see `load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from epiutils.data.dataset import Benchmark, MultiView
+from epiutils.data.files import replacing
+from epiutils.fusion import OriginalFusion
+from epiutils.heatmaps import joints_mse
+from epiutils.metrics import found, joint_mean
+from epiutils.networks.hrnet import load_checkpoint, normalise
+from epiutils.networks.loop import batches, loader
+from epiutils.networks.predict import device_name
+from epiutils.redirect import Pencil
+from epiutils.studies.fitting import PAIRS
+from epiutils.studies.predicted import CHECKPOINTS
+
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ROOT / "data" / "results" / "readings.npz"
+SEEDS = 3
+MEASURED = (0, 10, 20, 50, 60, 100, 190, 350, 600, 1000, 1500, 2200, 3000, 4400, 6600, 8800)  # iterations
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read what the original trained.
+
+    start: the checkpoint that the backbone begins with.  free: it trains too.  fused: False is HRNet alone, on the same
+    batches.  sigmoid: behind the sum.  batch: pairs of views.  steps: iterations.  What may heal it: begin, the nine
+    weights at the beginning, zeros or those of PyTorch; warmup: iterations until the full learning rate; slow: the
+    backbone's part of the learning rate; hold: iterations before the backbone begins to move.
+    """
+
+    start: str = "original"
+    free: bool = True
+    fused: bool = True
+    sigmoid: bool = False
+    batch: int = 8
+    steps: int = 8800
+    begin: str = "uniform"
+    warmup: int = 0
+    slow: float = 1.0
+    hold: int = 0
+
+    @property
+    def control(self) -> str:
+        """The name of HRNet alone, trained alike."""
+        if not self.free:
+            return "hrnet"
+        return "alone" + ("_pretrained" if self.start == "best" else "") + ("_16" if self.batch == 16 else "")
+
+
+READINGS = {
+    "free": Reading(),
+    "alone": Reading(fused=False),
+    "free_pretrained": Reading("best"),
+    "alone_pretrained": Reading("best", fused=False),
+    "free_sigmoid": Reading(sigmoid=True),
+    "free_sigmoid_pretrained": Reading("best", sigmoid=True),
+    "frozen": Reading(free=False),
+    "frozen_sigmoid": Reading(free=False, sigmoid=True),
+    "frozen_16": Reading(free=False, batch=16),
+    "frozen_pretrained": Reading("best", free=False),
+    "zero": Reading(begin="zero", steps=2200),
+    "warmup": Reading(warmup=500, steps=2200),
+    "slow": Reading(slow=0.1, steps=2200),
+    "hold": Reading(hold=500, steps=2200),
+    "free_16": Reading(batch=16),
+    "alone_16": Reading(batch=16, fused=False),
+}
+
+
+class Filmed:
+    """Instants of a split on a device: normalised pictures, targets, and the `Pencil` of each pair that is wanted.
+
+    images: (4 N, 3, 256, 256), target (4 N, J, h, w), weight (4 N, J): view v of instant n is 4 n + v.  source and
+    reference: (P,) those numbers of each pair.
+    """
+
+    def __init__(self, split: str, scenes: Sequence[int], pairs: Sequence[tuple[int, int]], device: str):
+        data = Benchmark(split).prepare(only=scenes)
+        loaded = list(loader(MultiView(torch.utils.data.Subset(data, scenes)), 0, batch_size=8))
+        put = lambda key: torch.cat([part[key].flatten(0, 1).to(device) for part in loaded])
+        self.target, self.weight = put("target"), put("weight")
+        pictures = [normalise(part["image"].to(device)) for part in loaded]
+        self.images = torch.cat(pictures).contiguous(memory_format=torch.channels_last)
+        self.visible = torch.cat([part["visible"] for part in loaded]).numpy()
+        instants = 4 * torch.arange(len(scenes), device=device)[:, None]
+        s, r = torch.tensor(list(pairs), device=device).T
+        self.source, self.reference = (instants + s).flatten(), (instants + r).flatten()
+        F = torch.cat([part["F"] for part in loaded]).to(device)[:, s, r].flatten(0, 1)
+        self.shape = tuple(self.target.shape[-2:])
+        made = [Pencil.from_fundamental(part, self.shape, 1.0) for part in F.split(500)]
+        self.order, self.lo, self.hi = (torch.cat([getattr(p, k).int() for p in made]) for k in ("order", "lo", "hi"))
+        self.wraps = torch.cat([torch.zeros_like(p.lo, dtype=bool) if p.wraps is None else p.wraps for p in made])
+        self.valid = torch.cat([torch.ones_like(p.order, dtype=bool) if p.valid is None else p.valid for p in made])
+
+    def pencil(self, pairs: Tensor) -> Pencil:
+        """The set-up of some pairs, by their numbers (B,)."""
+        order, lo, hi, wraps, valid = (
+            getattr(self, key).index_select(0, pairs) for key in ("order", "lo", "hi", "wraps", "valid")
+        )
+        return Pencil(self.shape, self.shape, True, order.long(), lo.long(), hi.long(), wraps, valid)
+
+
+@dataclass(eq=False)
+class Run:
+    """One reading with one seed on its way: the backbone, the nine weights, and what was measured.
+
+    The seed draws the nine weights and orders the pairs.  Everything of a step is on the device, the number of the step
+    too, so that it can be recorded once and played again.
+    """
+
+    name: str
+    seed: int
+    lesson: Filmed
+    maps: Tensor | None = None  # of the frozen backbone, of all pictures of the lesson
+    measured: dict[str, list] = field(
+        default_factory=lambda: {k: [] for k in ("iterations", "fused", "unfused", "weights")}
+    )
+
+    def __post_init__(self):
+        torch.manual_seed(self.seed)
+        device, reading = self.lesson.images.device, READINGS[self.name]
+        self.reading, self.on_gpu = reading, device.type == "cuda"
+        begin = torch.zeros(3, 3) if reading.begin == "zero" else None
+        self.fusion = OriginalFusion(sigmoid=reading.sigmoid, initial=begin).to(device)
+        self.network = load_checkpoint(CHECKPOINTS[reading.start]).to(device, memory_format=torch.channels_last)
+        self.network.train(reading.free).requires_grad_(reading.free)
+        drawn = itertools.islice(batches(len(self.lesson.source), reading.batch, self.seed), reading.steps)
+        self.order = torch.tensor([[index for _, index in batch] for batch in drawn], device=device)
+        self.k = torch.zeros(1, dtype=torch.long, device=device)
+        self.losses = torch.zeros(reading.steps, device=device)
+        trained = [self.fusion] * reading.fused + [self.network] * reading.free
+        self.rates = [torch.tensor(1e-3, device=device) for _ in trained]
+        groups = [{"params": list(m.parameters()), "lr": r} for m, r in zip(trained, self.rates, strict=True)]
+        fast = {"fused": True, "capturable": True} if self.on_gpu else {"foreach": False}
+        self.optimizer = torch.optim.Adam(groups, **fast)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.play = self.step
+
+    def step(self) -> None:
+        """One iteration of Adam on one batch of pairs."""
+        film, reading = self.lesson, self.reading
+        pairs = self.order.index_select(0, self.k)[0]
+        source, reference = film.source.index_select(0, pairs), film.reference.index_select(0, pairs)
+        both = torch.cat([source, reference])
+        maps = self.network(film.images.index_select(0, both)) if reading.free else self.maps.index_select(0, both)
+        fused = maps[reading.batch :]
+        if reading.fused:
+            fused = self.fusion(maps[: reading.batch], fused, film.pencil(pairs))
+        loss = joints_mse(fused, film.target.index_select(0, reference), film.weight.index_select(0, reference))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._set_rates()
+        self.optimizer.step()
+        self.losses.index_copy_(0, self.k, loss.detach()[None])
+        self.k += 1
+
+    def _set_rates(self) -> None:
+        """1e-3, but for what is to heal: a slow rise, a slower backbone, one that waits."""
+        reading, done = self.reading, self.k[0].float()
+        if reading.warmup:
+            for rate in self.rates:
+                rate.copy_(1e-3 * ((done + 1) / reading.warmup).clamp_max(1.0))
+        if reading.hold:
+            self.rates[-1].copy_(1e-3 * (done >= reading.hold).float())
+        if reading.slow != 1:
+            self.rates[-1].fill_(1e-3 * reading.slow)
+
+    def record(self) -> None:
+        """Record the step as a CUDA graph on a stream of its own, after a few steps that are undone."""
+        before, stream, graph = copy.deepcopy(self.state()), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            self.step()
+        torch.cuda.synchronize()
+        self.restore(before)
+
+        def play() -> None:
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        self.play = play
+
+    def state(self) -> dict:
+        """All that a step changes."""
+        moments = [dict(self.optimizer.state.get(p, {})) for p in self.parameters]
+        modules = {"network": self.network.state_dict(), "fusion": self.fusion.state_dict()}
+        return modules | {"moments": moments, "k": self.k, "losses": self.losses, "measured": self.measured}
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        """The state as it was, written to where a recorded step reads it."""
+        self.network.load_state_dict(state["network"])
+        self.fusion.load_state_dict(state["fusion"])
+        for p, moments in zip(self.parameters, state["moments"], strict=True):
+            if moments and p not in self.optimizer.state:
+                self.optimizer.state[p] = {key: value.clone() for key, value in moments.items()}
+            for key, value in self.optimizer.state.get(p, {}).items():
+                value.copy_(moments[key]) if moments else value.zero_()
+        self.k.copy_(state["k"])
+        self.losses.copy_(state["losses"])
+        self.measured = copy.deepcopy(state["measured"])
+
+    @torch.no_grad()
+    def found(self, test: Filmed, unfused: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Which joints are found in the test's references, (P, J), fused with the next camera's map and alone."""
+        unfused = _seen(self.network, test.images) if unfused is None else unfused
+        alone, fused = [], []
+        for pairs in torch.arange(len(test.source), device=unfused.device).split(210):
+            reference, truth = unfused[test.reference[pairs]], test.target[test.reference[pairs]]
+            alone.append(_found(reference, truth))
+            if self.reading.fused:
+                fused.append(_found(self.fusion(unfused[test.source[pairs]], reference, test.pencil(pairs)), truth))
+        alone = np.concatenate(alone)
+        return np.concatenate(fused) if fused else alone, alone
+
+    def measure(self, test: Filmed, unfused: Tensor | None = None) -> None:
+        """Add a row of what is measured on the way."""
+        fused, alone = self.found(test, unfused)
+        row = (int(self.k), joint_mean(fused), joint_mean(alone), self.fusion.weight.detach().flatten().tolist())
+        for values, value in zip(self.measured.values(), row, strict=True):
+            values.append(value)
+
+
+@torch.no_grad()
+def _seen(network: nn.Module, images: Tensor) -> Tensor:
+    """The maps of all pictures by a network in evaluation mode."""
+    training = network.training
+    network.eval()
+    maps = torch.cat([network(part) for part in images.split(240)])
+    network.train(training)
+    return maps
+
+
+def _found(output: Tensor, target: Tensor) -> np.ndarray:
+    """`metrics.found` of maps on a device, of which only the peaks leave it."""
+    peaks = []
+    for maps in (output, target):
+        height, place = maps.flatten(-2).max(-1, keepdim=True)
+        peak = torch.zeros_like(maps, dtype=torch.uint8).flatten(-2).scatter_(-1, place, (height > 0).byte())
+        peaks.append(peak.view(maps.shape))
+    return found(*peaks)
+
+
+def train(
+    wanted: Sequence[tuple[str, int]], out: Path, until: int = 8800, side_by_side: int = 12, seconds: float = 1e9
+) -> None:
+    """Run what is missing of these readings and seeds, in order, and keep each run in the folder `out`.
+
+    until: iterations at most.  side_by_side: runs at once on a GPU.  seconds: after these, what was measured counts as
+    done.
+    """
+    began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = device == "cuda"
+    missing = [(name, seed) for name, seed in wanted if not (out / f"{name}-{seed}.npz").exists()]
+    if not missing:
+        return
+    lesson = Filmed("train", range(840), PAIRS, device)
+    following = [((v + 1) % 4, v) for v in range(4)]
+    few, test = (Filmed("test", range(0, 420, step), following, device) for step in (4, 1))
+    print(f"{device_name()}: pictures after {time.perf_counter() - began:.0f} s", flush=True)
+    frozen = {}
+    for start in {READINGS[name].start for name, _ in missing if not READINGS[name].free}:
+        network = load_checkpoint(CHECKPOINTS[start]).to(device, memory_format=torch.channels_last)
+        frozen[start] = [_seen(network, film.images) for film in (lesson, few, test)]
+    group, steps = (side_by_side if device == "cuda" else 1), lambda name: min(until, READINGS[name].steps)
+    with tqdm(total=sum(steps(name) for name, _ in missing), unit="iteration", unit_scale=True, miniters=1) as bar:
+        while missing and time.perf_counter() < began + seconds:
+            runs = []
+            for name, seed in missing[:group]:
+                maps = [None] * 3 if READINGS[name].free else frozen[READINGS[name].start]
+                runs.append((Run(name, seed, lesson, maps[0]), maps, out / f"{name}-{seed}"))
+            missing = missing[group:]
+            _side_by_side(runs, few, test, until, began + seconds, bar)
+
+
+def _side_by_side(runs: list, few: Filmed, test: Filmed, until: int, ends: float, bar: tqdm) -> None:
+    """Train runs to their ends, measured and saved on the way."""
+    for run, _, path in runs:
+        if path.with_suffix(".pt").exists():
+            run.restore(torch.load(path.with_suffix(".pt"), map_location=run.k.device, weights_only=True))
+            bar.update(int(run.k))
+        if run.on_gpu:
+            run.record()
+    saved = time.perf_counter()
+    for mark in [m for m in MEASURED if m < until] + [until]:
+        left = [max(0, min(mark, run.reading.steps) - int(run.k)) for run, _, _ in runs]
+        before = [int(run.k) for run, _, _ in runs]
+        for k in range(max(left)):
+            for (run, _, _), steps in zip(runs, left, strict=True):
+                if k < steps:
+                    run.play()
+            if runs[0][0].on_gpu and k % 20 == 19:
+                torch.cuda.synchronize()
+            if time.perf_counter() > ends:
+                break
+        if runs[0][0].on_gpu:
+            torch.cuda.synchronize()
+        late = time.perf_counter() > ends
+        for (run, maps, path), old in zip(runs, before, strict=True):
+            done = int(run.k)
+            bar.update(done - old)
+            if run.measured["iterations"][-1:] != [done]:
+                run.measure(few, maps[1])
+            if late or done >= min(until, run.reading.steps):
+                if not path.with_suffix(".npz").exists():
+                    _keep(path, run, test, maps[2])
+            elif done and time.perf_counter() > saved + 60:
+                with replacing(path.with_suffix(".pt")) as part:
+                    torch.save(run.state(), part)
+        saved = time.perf_counter() if time.perf_counter() > saved + 60 else saved
+        if late:
+            return
+
+
+def _keep(path: Path, run: Run, test: Filmed, unfused: Tensor | None) -> None:
+    """A run that is done: what was measured, the losses, and which joints were found in all test instants."""
+    both = (np.where(np.isnan(f), 2, f).astype(np.uint8) for f in run.found(test, unfused))
+    arrays = {key: np.asarray(values) for key, values in run.measured.items()}
+    arrays |= {k: f.reshape(-1, 4, f.shape[-1]) for k, f in zip(("found", "found_unfused"), both, strict=True)}
+    arrays |= {"losses": run.losses[: int(run.k)].half().cpu().numpy()}
+    arrays |= {"meta": json.dumps({"device": device_name(), "torch": torch.__version__})}
+    with replacing(path.with_suffix(".npz")) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    path.with_suffix(".pt").unlink(missing_ok=True)
+    fused, alone = (100 * run.measured[key][-1] for key in ("fused", "unfused"))
+    print(f"{path.name}: {fused:.1f} % fused, {alone:.1f} unfused after {int(run.k)} iterations", flush=True)
+
+
+def pack(folder: Path, stored: Path = STORED) -> None:
+    """Put all runs of a folder into one file, beside what it has of others."""
+    arrays = {}
+    if stored.exists():
+        with np.load(stored, allow_pickle=False) as before:
+            arrays = {name: before[name] for name in before.files}
+    for path in sorted(folder.glob("*.npz")):
+        name, seed = path.stem.rsplit("-", 1)
+        with np.load(path, allow_pickle=False) as run:
+            arrays |= {f"{name}/{seed}/{key}": run[key] for key in run.files}
+    with replacing(stored) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, and pack what there is."""
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.readings", description=main.__doc__)
+    parser.add_argument("--only", nargs="+", choices=READINGS, default=list(READINGS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--until", type=int, default=8800, help="iterations at most")
+    parser.add_argument("--side-by-side", type=int, default=12, help="runs at once on a GPU")
+    parser.add_argument("--seconds", type=float, default=1e9, help="end with what is measured after these")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "readings", help="where single runs are kept")
+    chosen = parser.parse_args(arguments)
+    try:
+        wanted = itertools.product(chosen.only, range(chosen.seeds))
+        train(list(wanted), chosen.out, chosen.until, chosen.side_by_side, chosen.seconds)
+    finally:
+        pack(chosen.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Long trainings of the original: the same steps as the plain loop's, and taken up where they stopped."""
+
+import numpy as np
+import pytest
+import torch
+
+from epiutils.data.dataset import Benchmark, MultiView
+from epiutils.fusion import OriginalFusion
+from epiutils.networks.hrnet import load_checkpoint
+from epiutils.networks.predict import predict
+from epiutils.studies import readings
+from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, PicturePairs, train_pairs
+from epiutils.studies.predicted import CHECKPOINTS, found_by
+from epiutils.studies.runs import WithNext
+
+SCENES = range(0, 6, 3)
+FOLLOWING = [((v + 1) % 4, v) for v in range(4)]
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return readings.Filmed("train", SCENES, PAIRS, "cpu")
+
+
+def test_free_reading_takes_the_steps_of_the_plain_loop(lesson):
+    run = readings.Run("free", 1, lesson)
+    for _ in range(2):
+        run.step()
+    torch.manual_seed(1)
+    fusion = OriginalFusion()
+    model = FusedNetwork(load_checkpoint(CHECKPOINTS["original"]), fusion).train()
+    pictures = PicturePairs(MultiView(torch.utils.data.Subset(Benchmark("train"), SCENES)))
+    rows = train_pairs(model, pictures, 2, seed=1)
+    np.testing.assert_allclose(run.losses[:2], [row["loss"] for row in rows], rtol=2e-4)
+    # Adam's first steps are the signs of the gradients: where one is nearly zero, rounding decides
+    np.testing.assert_allclose(run.fusion.weight.detach(), model.fusion.weight.detach(), atol=2e-5)
+
+
+def test_frozen_reading_is_that_of_stored_heatmaps(lesson):
+    network = load_checkpoint(CHECKPOINTS["original"]).eval()
+    run = readings.Run("frozen", 2, lesson, readings._seen(network, lesson.images))
+    for _ in range(4):
+        run.step()
+    scenes = torch.utils.data.Subset(Benchmark("train"), SCENES)
+    torch.manual_seed(2)
+    module = OriginalFusion()
+    train_pairs(module, HeatmapPairs(predict(network, MultiView(scenes))), 4, seed=2)
+    np.testing.assert_allclose(run.fusion.weight.detach(), module.weight.detach(), atol=2e-6)
+
+    test = readings.Filmed("train", SCENES, FOLLOWING, "cpu")
+    fused, alone = (f.reshape(-1, 4, 17) for f in run.found(test))
+    predicted = predict(network, MultiView(scenes))
+    np.testing.assert_array_equal(alone, found_by(None, predicted))
+    np.testing.assert_array_equal(fused, found_by(WithNext(run.fusion), predicted))
+
+
+def test_run_taken_up_ends_as_an_unbroken_one(lesson):
+    whole, broken, later = (readings.Run("hold", 3, lesson) for _ in range(3))
+    for run, steps in ((whole, 3), (broken, 2)):
+        for _ in range(steps):
+            run.step()
+    later.restore(broken.state())
+    later.step()
+    assert int(later.k) == 3
+    torch.testing.assert_close(later.losses, whole.losses, rtol=0, atol=0)
+    torch.testing.assert_close(later.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "backbone"), [("hold", 0.0), ("slow", 0.1), ("warmup", 1 / 500), ("free", 1.0)])
+def test_what_heals_holds_the_backbone_back(lesson, name, backbone):
+    run = readings.Run(name, 0, lesson)
+    before = [p.detach().clone() for p in run.network.parameters()]
+    nine = run.fusion.weight.detach().clone()
+    run.step()
+    moved = max((p - q).abs().max().item() for p, q in zip(run.network.parameters(), before, strict=True))
+    assert moved == pytest.approx(1e-3 * backbone, rel=0.02)
+    assert (run.fusion.weight - nine).abs().max().item() == pytest.approx(
+        2e-6 if name == "warmup" else 1e-3, rel=0.02
+    )
