@@ -74,6 +74,4 @@ def test_what_heals_holds_the_backbone_back(lesson, name, backbone):
     run.step()
     moved = max((p - q).abs().max().item() for p, q in zip(run.network.parameters(), before, strict=True))
     assert moved == pytest.approx(1e-3 * backbone, rel=0.02)
-    assert (run.fusion.weight - nine).abs().max().item() == pytest.approx(
-        2e-6 if name == "warmup" else 1e-3, rel=0.02
-    )
+    assert (run.fusion.weight - nine).abs().max().item() == pytest.approx(2e-6 if name == "warmup" else 1e-3, rel=0.02)

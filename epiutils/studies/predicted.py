@@ -38,7 +38,7 @@ from epiutils.triangulate import triangulate, triangulate_robust
 
 CHECKPOINTS = {
     point: Path(__file__).resolve().parents[2] / "data" / "checkpoints" / f"{point}.safetensors"
-    for point in ("original", "best")
+    for point in ("original", "best", "strong")
 }
 
 

@@ -1,12 +1,13 @@
 """The original's trainings as they may have been, each at its real length, and HRNet alone trained alike beside it.
 
-    python -m epiutils.studies.readings                       # all that is not done yet; a GPU makes hours of it, a CPU days
+    python -m epiutils.studies.readings                       # all that is not done yet: minutes on a GPU, days on a CPU
     python -m epiutils.studies.readings --only free alone --seeds 1 --until 1000
 
 Subject 1 whole, ordered pairs of views, Adam at 1e-3 as HRNet has it, and no schedule, which would begin at epoch 170.
-On the way the accuracy on subject 9 is measured, of the fused and of the unfused maps.  On a GPU a step is recorded
-once as a CUDA graph, and the runs of a group go side by side.  A run can be stopped and is taken up where it was last
-measured; what is done lies in runs/readings and is packed into data/results/readings.npz, see `load`.
+On the way the accuracy on subject 9 is measured, of the fused and of the unfused maps.  Where the backbone is frozen and
+no sigmoid stands behind the sum, the loss is a parabola, and ten seeds are trained on its normal equations in a second.
+Else a step is recorded once as a CUDA graph where there is a GPU, and runs go side by side.  A run can be stopped and is
+taken up where it was saved; what is done lies in runs/readings and is packed into data/results/readings.npz.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import batches, loader
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
+from epiutils.studies.causes import NormalEquations, Pairs, all_pairs, initial_weights, with_next
 from epiutils.studies.fitting import PAIRS
-from epiutils.studies.predicted import CHECKPOINTS
+from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "data" / "results" / "readings.npz"
-SEEDS = 3
+SEEDS, FROZEN_SEEDS = 3, 10
 MEASURED = (0, 10, 20, 50, 60, 100, 190, 350, 600, 1000, 1500, 2200, 3000, 4400, 6600, 8800)  # iterations
 
 
@@ -66,6 +68,11 @@ class Reading:
     hold: int = 0
 
     @property
+    def parabola(self) -> bool:
+        """The loss is a parabola in the nine weights."""
+        return not self.free and not self.sigmoid
+
+    @property
     def control(self) -> str:
         """The name of HRNet alone, trained alike."""
         if not self.free:
@@ -74,20 +81,18 @@ class Reading:
 
 
 READINGS = {
+    "frozen": Reading(free=False),
+    "frozen_16": Reading(free=False, batch=16),
+    "frozen_sigmoid": Reading(free=False, sigmoid=True),
     "free": Reading(),
     "alone": Reading(fused=False),
-    "free_pretrained": Reading("best"),
-    "alone_pretrained": Reading("best", fused=False),
     "free_sigmoid": Reading(sigmoid=True),
-    "free_sigmoid_pretrained": Reading("best", sigmoid=True),
-    "frozen": Reading(free=False),
-    "frozen_sigmoid": Reading(free=False, sigmoid=True),
-    "frozen_16": Reading(free=False, batch=16),
-    "frozen_pretrained": Reading("best", free=False),
     "zero": Reading(begin="zero", steps=2200),
     "warmup": Reading(warmup=500, steps=2200),
     "slow": Reading(slow=0.1, steps=2200),
     "hold": Reading(hold=500, steps=2200),
+    "free_pretrained": Reading("best"),
+    "alone_pretrained": Reading("best", fused=False),
     "free_16": Reading(batch=16),
     "alone_16": Reading(batch=16, fused=False),
 }
@@ -271,7 +276,7 @@ def _found(output: Tensor, target: Tensor) -> np.ndarray:
     return found(*peaks)
 
 
-def train(
+def _train(
     wanted: Sequence[tuple[str, int]], out: Path, until: int = 8800, side_by_side: int = 12, seconds: float = 1e9
 ) -> None:
     """Run what is missing of these readings and seeds, in order, and keep each run in the folder `out`.
@@ -281,6 +286,10 @@ def train(
     """
     began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = device == "cuda"
+    for name in dict.fromkeys(name for name, _ in wanted if READINGS[name].parabola):
+        if not (out / f"{name}-{FROZEN_SEEDS - 1}.npz").exists():
+            _on_parabola(name, out, until)
+    wanted = [(name, seed) for name, seed in wanted if not READINGS[name].parabola]
     missing = [(name, seed) for name, seed in wanted if not (out / f"{name}-{seed}.npz").exists()]
     if not missing:
         return
@@ -342,21 +351,44 @@ def _side_by_side(runs: list, few: Filmed, test: Filmed, until: int, ends: float
             return
 
 
+def _on_parabola(name: str, out: Path, until: int) -> None:
+    """`FROZEN_SEEDS` runs of a reading whose loss is a parabola: Adam on the normal equations of each batch."""
+    reading, seeds = READINGS[name], range(FROZEN_SEEDS)
+    lesson = heatmaps_once(reading.start, "train", progress=False)
+    equations = NormalEquations.of(Pairs(lesson, all_pairs(range(len(lesson)))), 1.0)
+    steps = min(until, reading.steps)
+    path = equations.train(initial_weights(seeds), seeds, steps, reading.batch)
+    seen = heatmaps_once(reading.start, "test", progress=False)
+    few, test = (Pairs(seen, with_next(range(0, len(seen), every))) for every in (4, 1))
+    marks = [mark for mark in MEASURED if mark < steps] + [steps]
+    fused = np.stack([[joint_mean(f) for f in few.score(path[:, mark], 1.0)] for mark in marks], 1)
+    for seed, found_fused in zip(seeds, test.score(path[:, -1], 1.0), strict=True):
+        measured = {"iterations": marks, "fused": fused[seed], "unfused": [joint_mean(few.alone())] * len(marks)}
+        _store(out / f"{name}-{seed}", measured | {"weights": path[seed, marks].numpy()}, found_fused, test.alone())
+
+
 def _keep(path: Path, run: Run, test: Filmed, unfused: Tensor | None) -> None:
-    """A run that is done: what was measured, the losses, and which joints were found in all test instants."""
-    both = (np.where(np.isnan(f), 2, f).astype(np.uint8) for f in run.found(test, unfused))
-    arrays = {key: np.asarray(values) for key, values in run.measured.items()}
-    arrays |= {k: f.reshape(-1, 4, f.shape[-1]) for k, f in zip(("found", "found_unfused"), both, strict=True)}
-    arrays |= {"losses": run.losses[: int(run.k)].half().cpu().numpy()}
-    arrays |= {"meta": json.dumps({"device": device_name(), "torch": torch.__version__})}
+    """A run that is done."""
+    _store(path, run.measured | {"losses": run.losses[: int(run.k)].half().cpu().numpy()}, *run.found(test, unfused))
+    path.with_suffix(".pt").unlink(missing_ok=True)
+
+
+def _store(path: Path, measured: dict, fused: np.ndarray, unfused: np.ndarray) -> None:
+    """What was measured on the way, and which joints were found in the end in all test instants, (N, 4, J)."""
+    arrays = {key: np.asarray(values) for key, values in measured.items()}
+    for key, right in (("found", fused), ("found_unfused", unfused)):
+        arrays[key] = np.where(np.isnan(right), 2, right).astype(np.uint8).reshape(-1, 4, right.shape[-1])
+    arrays["meta"] = json.dumps({"device": device_name(), "torch": torch.__version__})
     with replacing(path.with_suffix(".npz")) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    path.with_suffix(".pt").unlink(missing_ok=True)
-    fused, alone = (100 * run.measured[key][-1] for key in ("fused", "unfused"))
-    print(f"{path.name}: {fused:.1f} % fused, {alone:.1f} unfused after {int(run.k)} iterations", flush=True)
+    last = {key: 100 * arrays[key][-1] for key in ("fused", "unfused")}
+    print(
+        f"{path.name}: {last['fused']:.1f} % fused, {last['unfused']:.1f} unfused after {arrays['iterations'][-1]}",
+        flush=True,
+    )
 
 
-def pack(folder: Path, stored: Path = STORED) -> None:
+def _pack(folder: Path, stored: Path = STORED) -> None:
     """Put all runs of a folder into one file, beside what it has of others."""
     arrays = {}
     if stored.exists():
@@ -368,6 +400,27 @@ def pack(folder: Path, stored: Path = STORED) -> None:
             arrays |= {f"{name}/{seed}/{key}": run[key] for key in run.files}
     with replacing(stored) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def load() -> dict[str, dict[str, np.ndarray]]:
+    """The stored runs of each reading: iterations (M,), fused and unfused (S, M) accuracies, weights (S, M, 9) …
+
+    … and of the last iteration found and found_unfused (S, N, V, J), nan where HRNet leaves a joint out.  Seeds that
+    were stopped earlier end earlier: all have as many iterations as the shortest.
+    """
+    runs: dict[str, dict[str, list]] = {}
+    with np.load(STORED, allow_pickle=False) as stored:
+        for full in sorted(stored.files):
+            name, _, key = full.split("/")
+            runs.setdefault(name, {}).setdefault(key, []).append(stored[full])
+    shown = {}
+    for name, values in runs.items():
+        marks = min(values["iterations"], key=len)
+        rows = {key: np.stack([v[: len(marks)] for v in values[key]]) for key in ("fused", "unfused", "weights")}
+        right = {key: np.stack(values[key]).astype(np.float32) for key in ("found", "found_unfused")}
+        right = {key: np.where(v > 1, np.nan, v) for key, v in right.items()}
+        shown[name] = {"iterations": marks, "meta": json.loads(str(values["meta"][0]))} | rows | right
+    return {name: shown[name] for name in READINGS if name in shown}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -382,9 +435,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         wanted = itertools.product(chosen.only, range(chosen.seeds))
-        train(list(wanted), chosen.out, chosen.until, chosen.side_by_side, chosen.seconds)
+        _train(list(wanted), chosen.out, chosen.until, chosen.side_by_side, chosen.seconds)
     finally:
-        pack(chosen.out)
+        _pack(chosen.out)
     return 0
 
 

@@ -340,7 +340,7 @@ def _seeds(point: str, method: str, seeds: int) -> range:
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and pack what there is."""
     parser = argparse.ArgumentParser(prog="python -m epiutils.studies.runs", description=main.__doc__)
-    parser.add_argument("--points", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    parser.add_argument("--points", nargs="+", choices=_FREE_SPLIT, default=list(_FREE_SPLIT))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "studies", help="where single runs are kept")
