@@ -291,7 +291,7 @@ def test_the_numbers_told_are_those_of_metrics(tmp_path):
     numbers = {f"benchmark.original.{name}.accuracy": 0.4677 for name in ("hrnet", "original_frozen")}
     assert not any("against 47 %" in text for text in told(numbers))
     numbers["benchmark.original.original_free.accuracy"] = 0.0187
-    assert all("against 47 %" in text and "set free, 1.9 %" in text for text in told(numbers))
+    assert all("against 47 %" in text and "set free for 60, 1.9 %" in text for text in told(numbers))
 
 
 def test_the_story_shows_its_figures_once_and_in_its_order():

@@ -423,6 +423,26 @@ def load() -> dict[str, dict[str, np.ndarray]]:
     return {name: shown[name] for name in READINGS if name in shown}
 
 
+def at(runs: dict[str, dict[str, np.ndarray]], name: str, iterations: int) -> dict:
+    """What stands after so many iterations of a reading, as accuracies from 0 to 1.
+
+    fused, unfused, the mean over seeds of the fused and of the backbone's own maps; control, HRNet alone trained alike;
+    and iterations, batch, seeds, fused_by_seed.  runs: of `load`.  Raises ValueError where nothing was measured then.
+    """
+    reading, run = READINGS[name], runs[name]
+    control, untrained = runs.get(reading.control), runs["frozen"]["unfused"][:, :1]
+    moment = lambda of, key: of[key][:, list(of["iterations"]).index(iterations)]
+    return {
+        "fused": float(moment(run, "fused").mean()),
+        "unfused": float(moment(run, "unfused").mean()),
+        "control": float((moment(control, "fused") if control else untrained).mean()),
+        "iterations": int(iterations),
+        "batch": reading.batch,
+        "seeds": len(run["fused"]),
+        "fused_by_seed": moment(run, "fused").tolist(),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and pack what there is."""
     parser = argparse.ArgumentParser(prog="python -m epiutils.studies.readings", description=main.__doc__)
