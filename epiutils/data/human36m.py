@@ -27,7 +27,7 @@ from PIL import Image
 from epiutils.cameras import Camera, crop_affine
 from epiutils.data.files import check_file, read_bytes, reading
 from epiutils.data.pickles import unpickle
-from epiutils.data.views import BONES, JOINTS, View, exact_detections
+from epiutils.data.views import BONES, JOINTS, MIRRORED, View, exact_detections
 
 _CAMERAS = ("54138969", "55011271", "58860488", "60457274")
 _ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting",
@@ -37,7 +37,6 @@ _DAMAGED = ((9, "Greeting", 2), (9, "SittingDown", 2), (9, "Waiting", 1))  # the
 # karfly's joint j is the toolbox's _FROM_TOOLBOX[j], and the toolbox's joint j is karfly's _FROM_KARFLY[j]
 _FROM_TOOLBOX = np.array([3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13, 9])
 _FROM_KARFLY = np.argsort(_FROM_TOOLBOX)
-_MIRROR = np.array([0, 4, 5, 6, 1, 2, 3, 7, 8, 9, 10, 14, 15, 16, 11, 12, 13])
 
 
 class Instant(NamedTuple):
@@ -296,7 +295,7 @@ def _check_projection(where: str, projected: np.ndarray, joints_2d: np.ndarray, 
     known = {
         "joints_3d_camera is in karfly's joint order": _FROM_KARFLY,
         "joints_2d is in karfly's joint order": _FROM_TOOLBOX,
-        "left and right are swapped in one of them": _MIRROR,
+        "left and right are swapped in one of them": np.array(MIRRORED),
     }
     clue = next((clue for clue, order in known.items() if apart(order) <= tolerance), "no known joint order would fit")
     raise ValueError(f"{where}: joints_2d is {apart():.0f} px off the projected joints_3d_camera: {clue}")

@@ -21,6 +21,9 @@ JOINTS = ("root", "rhip", "rkne", "rank", "lhip", "lkne", "lank", "belly", "neck
 
 BONES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8),
          (8, 9), (9, 10), (8, 11), (11, 12), (12, 13), (8, 14), (14, 15), (15, 16))  # fmt: skip
+_PAIRED = ("hip", "kne", "ank", "sho", "elb", "wri")
+# The joint that each is in a mirror: left and right exchanged
+MIRRORED = tuple(JOINTS.index({"l": "r", "r": "l"}[n[0]] + n[1:] if n[1:] in _PAIRED else n) for n in JOINTS)
 
 
 @dataclass(frozen=True, eq=False)

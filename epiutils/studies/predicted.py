@@ -34,7 +34,7 @@ from epiutils.networks.loop import train
 from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil
 from epiutils.studies.fitting import FusedNetwork, PicturePairs, followed, train_pairs
-from epiutils.triangulate import triangulate, triangulate_robust
+from epiutils.triangulate import project, triangulate, triangulate_robust
 
 CHECKPOINTS = {
     point: Path(__file__).resolve().parents[2] / "data" / "checkpoints" / f"{point}.safetensors"
@@ -117,11 +117,13 @@ def heatmaps_once(
     progress: bool = True,
     dataset: str = "",
     rig: Sequence[Camera] | None = None,
+    flip: bool = False,
 ) -> Predicted:
     """What the backbone of an operating point sees in a split: `networks.predict`, `kept` in the cache.
 
     point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
-    scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.
+    scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.  flip: by
+    HRNet's flip test.
     The maps are kept in half precision and given in single.  Raises ValueError for a rig and a dataset.
     """
     if dataset and rig:
@@ -135,9 +137,9 @@ def heatmaps_once(
             instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
         elif not dataset:
             data.prepare(progress=progress, only=chosen)
-        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), progress=progress))
+        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), progress=progress, flip=flip))
 
-    depends = [checkpoint, split, *_instants(data, chosen, rig)]
+    depends = [checkpoint, split, *_instants(data, chosen, rig), *(["flip"] if flip else [])]
     return _whole(kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make))
 
 
@@ -223,6 +225,23 @@ def peaks(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     points, heights = decode(maps, "dark")
     return STRIDE * points.double().transpose(0, 1).numpy(), heights.double().T.numpy()
+
+
+def found_back(X: np.ndarray, predicted: Predicted) -> np.ndarray:
+    """Which joints are found by points in space, projected back into every view: (N, V, J), see `metrics.found`.
+
+    X: (N, J, 3) metres, nan for a joint that is not found.  A point's heatmap is the one pixel nearest to it.
+    """
+    height, width = predicted.output.shape[-2:]
+    x = project(np.asarray(X)[:, None, :, :], predicted.P.double().numpy()[:, :, None, None])[..., 0, :] / STRIDE
+    at = np.rint(np.nan_to_num(x.clip(0, [width - 1, height - 1]))).astype(int)  # (N, V, J, 2)
+    right = []
+    for n, target in enumerate(predicted.target.numpy()):
+        maps = np.zeros(target.shape, bool)
+        v, j = np.indices(maps.shape[:2])
+        maps[v, j, at[n, ..., 1], at[n, ..., 0]] = np.isfinite(x[n]).all(-1)
+        right.append(found(maps, target))
+    return np.stack(right)
 
 
 def triangulated(
