@@ -1,48 +1,155 @@
-"""Evidence in space on the benchmark: what it learns from training people, and the joints that it finds.
+"""Evidence in space on the benchmark: what it learns from training people, and how well it finds the test's joints.
 
-Three numbers say what a backbone's heatmaps are worth, bone lengths what a body is like; both come from people that the
-backbone was trained on.  `in_space` is then where the joints of every test instant are.
+    python -m epiutils.studies.evidence          # all operating points, with and without the flip test: 15 minutes
+
+Three numbers say what a backbone's heatmaps are worth, bone lengths what a body is like, poses how limbs are held; all
+come from people that the backbone was trained on.  What each method finds is stored in data/results/space.npz, see
+`load`; the settings were chosen on subject 8.
 """
 
 from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from epiutils.data import people
 from epiutils.data.dataset import Benchmark
+from epiutils.data.files import replacing
 from epiutils.data.views import BONES, Predicted
+from epiutils.fusion import RepairedFusion
+from epiutils.metrics import mpjpe
+from epiutils.networks.predict import device_name
 from epiutils.space import Body, Calibration, along_bones, modes, near_best
-from epiutils.studies.predicted import heatmaps_once, kept
-from epiutils.studies.runs import TRAINING
+from epiutils.studies.parts import Parts
+from epiutils.studies.predicted import CHECKPOINTS, found_back, found_by, heatmaps_once, kept, triangulated
+from epiutils.studies.runs import TRAINING, stored_module, train_frozen
+from epiutils.studies.runs import load as load_runs
 from epiutils.triangulate import triangulate
 
+STORED = Path(__file__).resolve().parents[2] / "data" / "results" / "space.npz"
+_TRAINED = (1, 5, 6, 7)  # subjects; 8 is to choose on
 
-def calibrated(point: str) -> Calibration:
+
+def calibrated(point: str, flip: bool = False) -> Calibration:
     """What the heatmaps of an operating point are worth, fitted on instants of subject 1."""
-    seen = heatmaps_once(point, "train", TRAINING, progress=False)
+    seen = heatmaps_once(point, "train", TRAINING, progress=False, flip=flip)
     make = lambda: vars(Calibration.fit(seen.output, seen.joints))
     return Calibration(**kept("calibration", [Calibration, seen.output, seen.joints], make))
 
 
-def training_body() -> Body:
-    """The proportions of the embedded training people, subjects 1, 5, 6, 7 and 8."""
-    some = Benchmark("train-large").instants[::5]
-    return Body.of(np.stack([people.pose(i.subject, i.action, i.frame, i.seed) for i in some]), BONES)
+@lru_cache(1)
+def training_parts() -> Parts:
+    """How the embedded training people are built, `.body`, and hold their limbs."""
+    some = [i for i in Benchmark("train-large").instants if i.subject in _TRAINED]
+    poses = np.stack([people.pose(i.subject, i.action, i.frame, i.seed) for i in some])
+    return Parts.of(poses, np.array([i.action for i in some]), Body.of(poses, BONES))
 
 
-def in_space(predicted: Predicted, calibration: Calibration, body: Body, batch: int = 8) -> dict[str, np.ndarray]:
-    """Where the joints are, (N, J, 3) metres: "space" by the likeliest modes, "space_tree" by those the bones allow."""
+@torch.no_grad()
+def in_space(
+    predicted: Predicted, calibration: Calibration, parts: Parts, actions: Sequence[str], batch: int = 8
+) -> dict[str, np.ndarray]:
+    """Where the joints are, (N, J, 3) metres, by each kind of evidence.
+
+    "space": the likeliest modes; "space_tree": those that the bones allow; "space_parts": those that agree with how
+    training people hold their limbs in other actions than the instant's own.  actions: (N,) of the instants.
+    """
 
     def make() -> dict:
-        found: dict[str, list] = {"space": [], "space_tree": []}
+        made: dict[str, list] = {"space": [], "space_tree": [], "space_parts": []}
         for first in range(0, len(predicted), batch):
             some = predicted[first : first + batch]
-            of_some = modes(some.output, some.P.to(some.output), calibration)
-            found["space"].append(near_best(of_some, of_some.share))
-            found["space_tree"].append(near_best(of_some, along_bones(of_some, body)))
-        return {name: torch.cat(each) for name, each in found.items()}
+            found = modes(some.output, some.P.to(some.output), calibration)
+            share = along_bones(found, parts.body)
+            made["space"].append(near_best(found, found.share))
+            made["space_tree"].append(near_best(found, share))
+            for n, action in enumerate(actions[first : first + batch]):
+                one = type(found)(*(v[n : n + 1] for v in vars(found).values()))
+                X = parts.without(action).refine(one, share[n : n + 1], made["space_tree"][-1][n : n + 1])
+                made["space_parts"].append(torch.from_numpy(X))
+        return {name: torch.cat(each) for name, each in made.items()}
 
-    with torch.no_grad():
-        X = kept("space", [modes, triangulate, predicted.output, predicted.P, calibration, body], make)
-    return {name: points.double().numpy() for name, points in X.items()}
+    known = [modes, triangulate, Parts, predicted.output, predicted.P, calibration, vars(parts), list(actions)]
+    return {name: points.double().numpy() for name, points in kept("space", known, make).items()}
+
+
+def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    """Each method on all instants of the test: found (N, V, J), see `metrics.found`, and mm (N, J) from the truth.
+
+    "hrnet" and "repaired": HRNet's peaks and the frozen module's, triangulated by plain DLT.  All others are points
+    projected back into every view, hidden or not: "robust_reprojected", HRNet's peaks by robust triangulation, nothing
+    learned; "space", "space_tree" and "space_parts", see `in_space`.
+    """
+    seen, module = heatmaps_once(point, progress=False, flip=flip), _repaired(point)
+    actions, calibration = [i.action for i in Benchmark("test").instants], calibrated(point, flip)
+    alone, fused = (triangulated(fusion, seen)[1] for fusion in (None, module))
+    X = {"hrnet": alone["DLT"], "robust_reprojected": alone["robust"], "repaired": fused["DLT"]}
+    X |= in_space(seen, calibration, training_parts(), actions)
+    right = {name: found_back(points, seen) for name, points in X.items()}
+    right |= {"hrnet": found_by(None, seen), "repaired": found_by(module, seen)}
+    true = seen.joints_3d.numpy()
+    return {name: {"found": right[name], "mm": 1000 * mpjpe(X[name], true)} for name in X}
+
+
+def _repaired(point: str) -> RepairedFusion:
+    """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
+    try:
+        return stored_module(load_runs(point)["repaired_frozen"]["weights"][0])
+    except FileNotFoundError:
+        seen = heatmaps_once(point, "train", TRAINING, progress=False)
+        make = lambda: train_frozen("repaired_frozen", seen, 0)[0].state_dict()
+        module = RepairedFusion()
+        module.load_state_dict(kept("repaired", [train_frozen, RepairedFusion, seen.output], make))
+        return module.requires_grad_(False)
+
+
+def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """What is stored, by point and method, "hrnet_flip" with the flip test: found (N, V, J), and mm (N, J).
+
+    "meta" says how it was made.
+    """
+    shown: dict[str, dict] = {}
+    with np.load(STORED, allow_pickle=False) as stored:
+        for name in stored.files:
+            if name == "meta":
+                shown[name] = json.loads(str(stored[name]))
+                continue
+            point, method, key = name.split("/")
+            values = stored[name].astype(np.float32)
+            shown.setdefault(point, {}).setdefault(method, {})[key] = (
+                np.where(values > 1, np.nan, values) if key == "found" else values
+            )
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate what is asked for, and store it beside what is there."""
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=main.__doc__)
+    parser.add_argument("--points", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    chosen, arrays = parser.parse_args(arguments), {}
+    if STORED.exists():
+        with np.load(STORED, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    for point in chosen.points:
+        for flip in (False, True):
+            for method, values in _evaluated(point, flip).items():
+                name = f"{point}/{method}{'_flip' * flip}"
+                arrays[f"{name}/found"] = np.where(np.isnan(values["found"]), 2, values["found"]).astype(np.uint8)
+                arrays[f"{name}/mm"] = np.minimum(values["mm"], 65504).astype(np.float16)
+                mm = float(np.nanmean(values["mm"]))
+                print(f"{name}: {100 * np.nanmean(values['found']):.1f} % found, {mm:.1f} mm", flush=True)
+        meta = {"command": "python -m epiutils.studies.evidence", "device": device_name(), "torch": torch.__version__}
+        with replacing(STORED) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays | {"meta": json.dumps(meta)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
