@@ -200,3 +200,13 @@ def test_a_pickle_larger_than_the_limit_is_refused_and_the_limit_said(tmp_path):
     assert unpickle(file, limit=20_000).shape == (1000,)
     with pytest.raises(ValueError, match=r"large\.pkl has 8\d\d\d bytes; more than 8000 are read only where limit="):
         unpickle(file, limit=8000)
+
+
+def test_a_large_pickle_is_looked_at_before_it_is_read(tmp_path):
+    file = tmp_path / "hole.pkl"
+    with file.open("wb") as stream:  # a tuple of 100 MB of zeros, of which the file holds none, and of something deep
+        stream.write(b"\x80\x05(\x8e" + (100 << 20).to_bytes(8, "little"))
+        stream.seek(100 << 20, os.SEEK_CUR)
+        stream.write(b"N" + 100 * b"\x85" + b"t.")
+    with pytest.raises(ValueError, match=r"hole\.pkl is not .*nested more than 50 deep"):
+        unpickle(file)

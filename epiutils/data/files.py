@@ -36,10 +36,11 @@ def check_file(path: str | os.PathLike, limit: float = float("inf"), within: str
     """
     path = Path(path)
     with reading(path, "a file that can be read"):
-        status, real = path.stat(), path.resolve(strict=True)
+        status = path.stat()
+        inside = within is None or path.resolve(strict=True).is_relative_to(Path(within).resolve())
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")
-    if within is not None and not real.is_relative_to(Path(within).resolve()):
+    if not inside:
         raise ValueError(f"{path} leads out of {within}: only what is inside is read")
     if status.st_size > limit:
         raise ValueError(f"{path} has {status.st_size} bytes; more than {limit} are read only where limit= says so")

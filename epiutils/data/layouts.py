@@ -145,7 +145,7 @@ def _number(digits: list[str], file: Path) -> int:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    return sorted((f for f in folder.iterdir() if not f.name.startswith(".")), key=lambda file: file.name)
 
 
 def _match(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -40,25 +39,11 @@ def associate(cameras: Sequence[Camera], people: Sequence[Sequence[Sequence[np.n
         single = np.bincount(instant.view, minlength=len(cameras))[instant.view] == 1
         alone += d[np.triu(single[:, None] & single, 1)].tolist()
     near = max(_NEAR, 3 * float(np.nanmedian(alone)) if np.isfinite(alone).any() else 0)
-    tracks: list[_Track] = []
+    tracks = _Tracks(len(cameras), len(people[0]))
     for t, at in instants:
         instant = _Instant(*at)
-        groups = instant.groups(F, len(cameras), near)
-        of_each = np.stack([track.gain(instant, t) for track in tracks]) if tracks else np.zeros((0, len(instant.view)))
-        gain = np.array([of_each[:, group].sum(1) for group in groups])  # (groups, tracks)
-        taken = dict(zip(*linear_sum_assignment(gain, maximize=True), strict=True)) if tracks else {}
-        for g, group in enumerate(groups):
-            if g in taken and gain[g, taken[g]] > 0:
-                track = tracks[taken[g]]
-            else:
-                tracks.append(track := _Track(len(cameras), instant.xy.shape[1]))
-            track.add(instant, group, t)
-    tracks.sort(key=lambda track: (-len(track.seen), -track.size))
-    places = np.full((len(tracks), len(cameras), len(people[0])), -1)
-    for k, track in enumerate(tracks):
-        for v, t, place in track.seen:
-            places[k, v, t] = place
-    return places
+        tracks.add(instant, instant.groups(F, len(cameras), near), t)
+    return tracks.places()
 
 
 def _straight(camera: Camera, view: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
@@ -90,7 +75,7 @@ class _Instant:
         x = np.concatenate([self.xy, np.ones_like(self.xy[..., :1])], -1)
         lines = x[:, None] @ F[self.view[:, None], self.view[None]].swapaxes(-1, -2)  # of n's joints, in m's view
         with np.errstate(divide="ignore", invalid="ignore"):
-            off = np.abs(np.einsum("nmja,mja->nmj", lines, x)) / np.linalg.norm(lines[..., :2], axis=-1)
+            off = np.abs(np.einsum("nmja,mja->nmj", lines, x)) / np.hypot(lines[..., 0], lines[..., 1])
             off = np.minimum(off / self.extent[None, :, None], 1)
         w = np.minimum(self.confidence[:, None], self.confidence[None])
         w = np.where(np.isfinite(off), w, 0)
@@ -107,23 +92,26 @@ class _Instant:
         groups, free = [], np.ones(len(d), bool)
         while free.any():
             of_view = [np.flatnonzero(free & (self.view == v)) for v in range(views)]
-            if whole := np.prod([len(known) + 1.0 for known in of_view]) <= _MOST:
-                most = [len(known) for known in of_view]
-            else:  # one person at a time: of the best pair the one, and in other views those nearest to it
+            if not (whole := np.prod([len(known) + 1.0 for known in of_view]) <= _MOST):
+                # one person at a time: of the best pair the one, and in other views those nearest to it
                 seed = np.unravel_index(np.where(free[:, None] & free, score[:-1, :-1], -np.inf).argmax(), d.shape)[0]
-                of_view = [known[np.argsort(-score[seed, known], kind="stable")] for known in of_view]
-                of_view[self.view[seed]] = np.array([seed])
                 few = 2 if 3 ** (views - 1) <= _MOST else 1
-                most = [min(few, len(known)) for known in of_view]
-            chosen = _combinations(tuple(most))
-            chosen = np.stack([np.append(of_view[v][: most[v]], -1)[chosen[:, v]] for v in range(views)], 1)  # (C, V)
-            pairs = (score[chosen[:, s], chosen[:, r]] for s in range(views) for r in range(s))
-            total = sum(pairs, np.zeros(len(chosen)))
-            while total[c := int(np.argmax(total))] > 0:
-                group = chosen[c][chosen[c] >= 0]
+                of_view = [known[np.argsort(-score[seed, known], kind="stable")][:few] for known in of_view]
+                of_view[self.view[seed]] = np.array([seed])
+            of_view = [np.append(known, -1) for known in of_view]  # or not seen there
+            total, support = np.zeros(1), np.zeros((1, len(score)))  # of combinations, and from one for each skeleton
+            for known in of_view:
+                total = (total[:, None] + support[:, known]).ravel()
+                support = (support[:, None] + score[known]).reshape(len(total), -1)
+            total = total.reshape([len(known) for known in of_view])
+            while total.flat[best := total.argmax()] > 0:
+                chosen = np.unravel_index(best, total.shape)
+                group = np.array([known[i] for known, i in zip(of_view, chosen, strict=True) if known[i] >= 0])
                 groups.append(group)
                 free[group] = False
-                total[np.isin(chosen, group).any(1)] = 0
+                for v, i in enumerate(chosen):
+                    if of_view[v][i] >= 0:
+                        total[(slice(None),) * v + (i,)] = 0
                 if not whole:
                     break
             else:
@@ -131,29 +119,49 @@ class _Instant:
         return groups + [np.array([n]) for n in np.flatnonzero(free)]
 
 
-@lru_cache(maxsize=256)
-def _combinations(sizes: tuple[int, ...]) -> np.ndarray:
-    """All choices of one of each view, or none (the last): (C, V)."""
-    return np.indices([size + 1 for size in sizes]).reshape(len(sizes), -1).T
+class _Tracks:
+    """People followed over time: where (K, V, J, 2), when (K, V) and how large (K, V) each was seen last in each view."""
 
+    def __init__(self, views: int, instants: int):
+        self.seen, self.size, self.shape = [], [], (views, instants)
+        self.xy, self.when, self.extent = None, np.zeros((0, views)), np.ones((0, views))
 
-class _Track:
-    """A person followed over time: where (V, J, 2), when (V,) and how large (V,) it was seen last in each view."""
+    def add(self, instant: _Instant, groups: list[np.ndarray], t: int) -> None:
+        """Give each group to the track that fits it best, or to a new one."""
+        views, joints = self.shape[0], instant.xy.shape[1]
+        if self.xy is None:
+            self.xy = np.zeros((0, views, joints, 2))
+        of_each = self._gain(instant, t)
+        gain = np.array([of_each[:, group].sum(1) for group in groups])  # (groups, K)
+        taken = dict(zip(*linear_sum_assignment(gain, maximize=True), strict=True))
+        for g, group in enumerate(groups):
+            if g in taken and gain[g, taken[g]] > 0:
+                k = taken[g]
+            else:
+                k = len(self.seen)
+                self.seen.append([])
+                self.size.append(0.0)
+                self.xy = np.concatenate([self.xy, np.full((1, views, joints, 2), np.nan)])
+                self.when = np.concatenate([self.when, np.zeros((1, views))])
+                self.extent = np.concatenate([self.extent, np.ones((1, views))])
+            v = instant.view[group]
+            self.xy[k, v], self.when[k, v], self.extent[k, v] = instant.xy[group], t, instant.extent[group]
+            self.seen[k] += [(v, t, place) for v, place in zip(v, instant.place[group], strict=True)]
+            self.size[k] += instant.extent[group].sum()
 
-    def __init__(self, views: int, joints: int):
-        self.seen, self.size = [], 0.0
-        self.xy, self.when, self.extent = np.full((views, joints, 2), np.nan), np.zeros(views), np.ones(views)
-
-    def add(self, instant: _Instant, group: np.ndarray, t: int) -> None:
-        for n in group:
-            v = int(instant.view[n])
-            self.seen.append((v, t, int(instant.place[n])))
-            self.xy[v], self.when[v], self.extent[v] = instant.xy[n], t, instant.extent[n]
-            self.size += instant.extent[n]
-
-    def gain(self, instant: _Instant, t: int) -> np.ndarray:
-        """For each skeleton (N,) the joints that both have, less what they moved: half the extent, or more later, is 1."""
+    def _gain(self, instant: _Instant, t: int) -> np.ndarray:
+        """Joints that a track and a skeleton both have, less what they moved (half the extent, or more later, is 1): (K, N)."""
         v = instant.view
-        allowed = (0.5 + np.minimum(0.02 * (t - self.when[v]), 1)) * np.maximum(self.extent[v], instant.extent)
-        off = np.linalg.norm(instant.xy - self.xy[v], axis=-1) / allowed[:, None]
+        allowed = (0.5 + np.minimum(0.02 * (t - self.when[:, v]), 1)) * np.maximum(self.extent[:, v], instant.extent)
+        moved = instant.xy - self.xy[:, v]
+        off = np.hypot(moved[..., 0], moved[..., 1]) / allowed[..., None]
         return np.where(np.isfinite(off), 1 - np.minimum(off, 2), 0).sum(-1)
+
+    def places(self) -> np.ndarray:
+        """(K, V, T), whoever is seen most first."""
+        places = np.full((len(self.seen), *self.shape), -1)
+        order = sorted(range(len(places)), key=lambda k: (-len(self.seen[k]), -self.size[k]))
+        for row, k in zip(places, order, strict=True):
+            v, t, place = np.array(self.seen[k]).T
+            row[v, t] = place
+        return places
