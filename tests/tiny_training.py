@@ -1,4 +1,4 @@
-"""Small trainings, for tests that kill them or share them between processes: python tests/tiny_training.py both|die OUT."""
+"""Small trainings, for tests that kill them or share them between processes: python tests/tiny_training.py both|die|long OUT."""
 
 import os
 import signal
@@ -59,5 +59,11 @@ def die(out) -> None:
     run(out, 9)
 
 
+def long(out) -> None:
+    """The command with many saves, after a line that says that it begins."""
+    print("begun", flush=True)
+    sys.exit(command(out, "--steps", 12, "--every", 1))
+
+
 if __name__ == "__main__":
-    {"both": both, "die": die}[sys.argv[1]](sys.argv[2])
+    {"both": both, "die": die, "long": long}[sys.argv[1]](sys.argv[2])
