@@ -38,7 +38,7 @@ def _encode(figure: Figure, width: int, kind: str = ".png", *options: int) -> by
     return cv2.imencode(kind, bgr, options)[1].tobytes()
 
 
-class Explorer:
+class _Explorer:
     """Controls, a picture and a caption that follow each other; shown where it is a cell's last value.
 
     controls: the widgets by name; setting `.value` of one redraws.  caption: the text under the picture.
@@ -129,7 +129,7 @@ def _text(control: w.ValueWidget) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def explore(draw: Callable, *, ahead: str | None = None, width: int = 640, **controls) -> Explorer:
+def explore(draw: Callable, *, ahead: str | None = None, width: int = 640, **controls) -> _Explorer:
     """An explorer that redraws while its controls are dragged: `explore(draw, threshold=(1, 6), view=["a", "b"])`.
 
     draw: called with the controls' values by name, returns (figure, caption): a `matplotlib.figure.Figure`
@@ -149,4 +149,4 @@ def explore(draw: Callable, *, ahead: str | None = None, width: int = 640, **con
         if not isinstance(made[name], w.ValueWidget):
             raise TypeError(f"{name}: {value!r} is neither a widget, (low, high[, step]), a list, a dict nor a bool")
         made[name].description = made[name].description or name.replace("_", " ")
-    return Explorer(draw, made, ahead, width)
+    return _Explorer(draw, made, ahead, width)

@@ -199,17 +199,6 @@ def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", m
     return ax
 
 
-def nine(ax: Axes, values, label: str = "") -> Axes:
-    """How the nine numbers of a 3×3 weight change, values (steps, 9): a row is a colour, a column a kind of line."""
-    for k, curve in enumerate(np.asarray(values).T):
-        row, column = divmod(k, 3)
-        ax.plot(curve, color=(BLUE, ORANGE, GREEN)[row], ls=("-", "--", ":")[column], lw=1.2, label=f"{row}, {column}")
-    ax.set(xlabel="iteration", ylabel=label)
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
-    ax.legend(title="row, column", fontsize=7.5, title_fontsize=8, ncols=3, frameon=False, **above)
-    return ax
-
-
 def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, unit: str = "%") -> Axes:
     """How a value changes step by step, as horizontal bars from the top down, each change with its interval.
 

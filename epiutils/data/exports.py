@@ -47,7 +47,7 @@ def poses_3d(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     return X, agree.transpose(2, 0, 1)
 
 
-def repaired(recording: Recording, X: np.ndarray, agree: np.ndarray) -> np.ndarray:
+def _repaired(recording: Recording, X: np.ndarray, agree: np.ndarray) -> np.ndarray:
     """The detections (V, T, J, 3), those that do not agree with the pose in space replaced by its projection.
 
     X, agree: of `poses_3d`.  A projection is in px as recorded, lens distortion included, with the mean confidence of
@@ -101,7 +101,7 @@ def write_results(
         part.write_text(text.getvalue(), "utf-8")
 
     write_calib(folder / "calibration" / "Calib.toml", recording.cameras)
-    for camera, view in zip(recording.cameras, repaired(recording, X, agree), strict=True):
+    for camera, view in zip(recording.cameras, _repaired(recording, X, agree), strict=True):
         place = folder / "pose" / f"{camera.name}_json"
         place.mkdir(parents=True, exist_ok=True)
         for number, joints in zip(recording.frames.tolist(), view, strict=True):
