@@ -215,6 +215,27 @@ def test_video_start_shifts_the_numbering_and_the_end_is_named(tmp_path):
         recording.views(10)
 
 
+def test_pictures_beside_pose_sync_are_those_of_the_files_it_was_copied_from(tmp_path):
+    lags = (0, 5)
+    write_recording(tmp_path, frames=range(FRAMES), n=2)
+    for name, lag in zip(("cam01", "cam02"), lags, strict=True):
+        write_video(tmp_path / f"{name}.mp4")
+        (synced := tmp_path / "pose-sync" / f"{name}_json").mkdir(parents=True)
+        for number in range(lag + 1, FRAMES):  # as Pose2Sim: to other numbers, above 0 alone
+            file = f"{name}_{number:012}_keypoints.json"
+            shutil.copy(tmp_path / "pose" / f"{name}_json" / file, synced / f"{name}_{number - lag:06}_keypoints.json")
+    recording = read_recording(tmp_path)
+    assert recording.lags == lags and recording.video_start == 0
+    assert any(note.endswith("other numbers in pose: cam01 +0, cam02 +5") for note in recording.notes)
+    assert recording.of_cameras(["cam02"]).lags == (5,)
+    for view, camera, lag in zip(recording.views(9, undistort=False), recording.cameras, lags, strict=True):
+        A = view.camera.K @ np.linalg.inv(camera.K)
+        assert np.abs(cv2.warpAffine(picture(9 + lag), A[:2], (256, 256)).astype(float) - view.image).mean() < 12
+    shutil.rmtree(tmp_path / "pose")
+    with pytest.warns(UserWarning, match="has the files of cam01, cam02: their pictures may be out of step"):
+        assert read_recording(tmp_path).lags == (0, 0)
+
+
 def test_an_unreadable_video_is_named(made):
     (made / "videos").mkdir()
     for i in (1, 2):

@@ -51,10 +51,10 @@ def check_detections(
 
 
 def check_videos(
-    cameras: Sequence[Camera], videos: Sequence[Path | None], frames: np.ndarray, start: int | None,
+    cameras: Sequence[Camera], videos: Sequence[Path | None], frames: tuple[int, int], start: int | None,
     within: Path, say: Callable[[str], None],
 ) -> int:  # fmt: skip
-    """Pictures have the size, or at least the shape, of their camera's, and are there for all frame numbers.
+    """Pictures have the size, or at least the shape, of their camera's, and are there for the first and last of frames.
 
     start: the number of the frame that the first picture shows; None: 0, or the first number where frames and pictures
     are as many and would not fit otherwise.  Returns it.
@@ -73,7 +73,7 @@ def check_videos(
                 _check_picture(capture.read()[1], camera, video)
         finally:
             capture.release()
-    first, last, fewest = int(frames[0]), int(frames[-1]), min(counts.values(), default=0)
+    (first, last), fewest = frames, min(counts.values(), default=0)
     if fewest < 1:
         return start or 0
     if start is None:

@@ -81,6 +81,30 @@ def find_videos(path: Path, names: Sequence[str], say: Callable[[str], None]) ->
     return found
 
 
+def find_lags(path: Path, below: Path, folders: Sequence[Path], limit: int) -> list[int | None]:
+    """By how much the frames of each camera have higher numbers in `pose`, as in its video, than in `pose-sync`.
+
+    Pose2Sim's synchronisation copies files to other numbers, so the same bytes are of the same picture.  None where
+    `pose` is missing or has no such files.
+    """
+    lags = []
+    for folder in folders:
+        synced, raw = (path / name / folder.name for name in POSES[1:])
+        if below.name not in POSES[:2] or not synced.is_dir():
+            lags.append(0)
+            continue
+        by_size, agree = {}, None
+        for number, file in _numbered(raw, _json(raw)).items() if raw.is_dir() else ():
+            by_size.setdefault(file.stat().st_size, []).append((number, file))
+        files = list(_numbered(synced, _json(synced)).items())
+        for number, file in files[:: max(1, len(files) // 20)]:
+            data = read_bytes(file, limit, path)
+            same = {n - number for n, other in by_size.get(len(data), ()) if read_bytes(other, limit, path) == data}
+            agree = same if agree is None else agree & same
+        lags.append(min(agree, key=abs) if agree else None)
+    return lags
+
+
 def read_frames(entry: Path, limit: int, within: Path) -> dict[int, list[np.ndarray]]:
     """The people (J, 3) of each frame number that a camera's folder, or its one file, holds.
 
@@ -88,7 +112,7 @@ def read_frames(entry: Path, limit: int, within: Path) -> dict[int, list[np.ndar
     """
     if not entry.resolve().is_relative_to(within.resolve()):
         raise ValueError(f"{entry} leads out of {within}: only what is inside is read")
-    files = [entry] if entry.is_file() else [f for f in _visible(entry) if f.suffix == ".json"]
+    files = [entry] if entry.is_file() else _json(entry)
     if entry.is_file() or (len(files) == 1 and not re.search(r"\d", files[0].stem)):
         return _of_alphapose(files[0], limit, within)
     return {number: _of_openpose(file, limit, within) for number, file in _numbered(entry, files).items()}
@@ -142,6 +166,10 @@ def _number(digits: list[str], file: Path) -> int:
     if len(digits[0]) > 15:
         raise ValueError(f"{file}: no frame has a number of {len(digits[0])} digits")
     return int(digits[0])
+
+
+def _json(folder: Path) -> list[Path]:
+    return [file for file in _visible(folder) if file.suffix == ".json"]
 
 
 def _visible(folder: Path) -> list[Path]:

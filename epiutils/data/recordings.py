@@ -2,7 +2,7 @@
 
 The layout is Pose2Sim's: `calibration/Calib*.toml`, `pose/cam01_json/*.json`, `videos/cam01.mp4`, with or without
 those three upper folders; what else is read stands in `calibration` and `layouts`.  The n-th picture of a video, counted
-from 0, shows the frame whose JSON file carries the number `video_start` + n.
+from 0, shows the frame whose JSON file in `pose` carries the number `video_start` + n.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from epiutils.data.bodies import BODY_BONES, JOINTS, guess_model
 from epiutils.data.calibration import UNITS, read_calib
 from epiutils.data.checks import check_detections, check_geometry, check_videos
 from epiutils.data.files import check_file, reading
-from epiutils.data.layouts import POSES, find_calib, find_detections, find_videos, read_frames
+from epiutils.data.layouts import POSES, find_calib, find_detections, find_lags, find_videos, read_frames
 from epiutils.data.tracks import associate
 from epiutils.data.views import Predicted, View, heatmap_fundamentals
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
@@ -50,7 +50,8 @@ class Recording:
     detections: (V, T, J, 3) float64, x and y in px as recorded (distorted) and OpenPose's confidence; an
     undetected joint is nan, nan, 0.  frames: (T,) the numbers in the file names, all that any camera has.
     status: (V, T) of `Status`.  person: (V, T) the chosen person's place in its file, −1 where there is none.
-    videos: a path a camera; None where it has no video and `views` gives grey pictures.  notes: what was found on
+    videos: a path a camera; None where it has no video and `views` gives grey pictures.  lags: a number a camera, by
+    how much later in its video a frame is than its number says (in `pose-sync`; else 0).  notes: what was found on
     reading, warnings included, for the report.
     """
 
@@ -62,6 +63,7 @@ class Recording:
     status: np.ndarray
     person: np.ndarray
     videos: tuple[Path | None, ...]
+    lags: tuple[int, ...]
     video_start: int = 0
     notes: tuple[str, ...] = ()
 
@@ -83,8 +85,8 @@ class Recording:
         known = [camera.name for camera in self.cameras]
         chosen = [known.index(name) for name in names]
         parts = {field: getattr(self, field)[chosen] for field in ("detections", "status", "person")}
-        parts |= {field: [getattr(self, field)[v] for v in chosen] for field in ("cameras", "videos")}
-        return replace(self, **parts | {"videos": tuple(parts["videos"])})
+        parts |= {field: tuple(getattr(self, field)[v] for v in chosen) for field in ("cameras", "videos", "lags")}
+        return replace(self, **parts | {"cameras": list(parts["cameras"])})
 
     def missing(self, status: Status) -> dict[str, list[int]]:
         """For each camera the frame numbers of that status."""
@@ -123,7 +125,7 @@ class Recording:
                 image = np.full((*camera.size[::-1], 3), 128, np.uint8)
             else:
                 modified = check_file(video, within=self.path).stat().st_mtime_ns
-                image = _fit(_picture(video, frame - self.video_start, modified), camera.size)
+                image = _fit(_picture(video, frame + self.lags[v] - self.video_start, modified), camera.size)
             views.append(self._crop(v, t, image, size, undistort))
         return views
 
@@ -281,9 +283,20 @@ def read_recording(
 
     check_detections(rig, detections, below, warn)
     videos = find_videos(path, [camera.name for camera in rig], warn)
-    start = check_videos(rig, videos, numbers, video_start, path, warn)
+    lags = find_lags(path, below, folders, limit)
+    if any(videos) and None in lags:
+        unknown = ", ".join(camera.name for camera, lag in zip(rig, lags, strict=True) if lag is None)
+        warn(f"{below}: no folder pose beside it has the files of {unknown}: their pictures may be out of step")
+    lags = tuple(lag or 0 for lag in lags)
+    if any(lags):
+        told = ", ".join(f"{camera.name} {lag:+d}" for camera, lag in zip(rig, lags, strict=True))
+        notes.append(
+            f"{below}: pictures are taken as many frames later as its files have other numbers in pose: {told}"
+        )
+    own = [n + lag for frames, lag in zip(files, lags, strict=True) for n in frames]
+    start = check_videos(rig, videos, (min(own), max(own)), video_start, path, warn)
     rig = check_geometry(list(rig), detections, model, unit, below, calib, warn, notes.append)
-    recording = Recording(path, model, rig, numbers, detections, status, chosen, videos, start)
+    recording = Recording(path, model, rig, numbers, detections, status, chosen, videos, lags, start)
     several = [f"{name} {_ranges(np.array(f))}" for name, f in recording.missing(Status.SEVERAL).items() if f]
     if several:
         warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}")
