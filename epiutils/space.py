@@ -99,14 +99,17 @@ class _Views:
         odds = odds.masked_fill((heatmaps == 0).flatten(-2).all(-1), -math.inf)  # an empty map knows nothing
         density = height * width * probabilities(heatmaps, calibration.sharpness)
         self.said = (odds.clamp_max(80).exp()[..., None, None] * density).flatten(0, 2)  # (B · V · J, H, W)
-        self.P, self.shape = (P / P.new_tensor([STRIDE, STRIDE, 1])[:, None]).to(heatmaps.dtype), (B, V, J)
+        across = [[2 / STRIDE / (width - 1), 0, -1], [0, 2 / STRIDE / (height - 1), -1], [0, 0, 1]]  # from −1 to 1
+        self.P = (torch.tensor(across, dtype=torch.float64, device=P.device) @ P.double()).to(heatmaps.dtype)
+        self.shape = B, V, J
 
     def log_evidence(self, X: Tensor) -> Tensor:
         B, V, J = self.shape
-        x = X.flatten(1, 2)[:, None] @ self.P[..., :3].mT + self.P[..., None, :, 3]  # (B, V, J · C, 3)
-        depth = x[..., 2:]
-        at = torch.where(depth > 0, x[..., :2] / depth.clamp_min(1e-6), -9.0)  # behind a camera is beside its picture
-        values = _read(self.said, at.view(B * V * J, -1, 2))
+        x, y, depth = (self.P[..., :3] @ X.flatten(1, 2).mT[:, None] + self.P[..., 3:]).unbind(2)  # (B, V, J · C) each
+        near = 1 / depth.clamp_min(1e-6)
+        x = torch.where(depth > 0, x * near, -9.0)  # behind a camera is beside its picture
+        at = torch.stack([x, y * near], -1).view(B * V * J, 1, -1, 2)
+        values = nn.functional.grid_sample(self.said[:, None], at, align_corners=True)
         return torch.log1p(values).view(B, V, J, -1).sum(1)
 
 

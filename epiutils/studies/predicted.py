@@ -266,26 +266,39 @@ def triangulated(
 
 
 def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | tuple[float, float]]:
-    """HRNet's accuracy, its 95 % interval over instants, and that of visible and of hidden joints.
+    """HRNet's accuracy, its 95 % interval over performances, and that of visible and of hidden joints.
 
     right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean.  visible: (N, V, J).
     """
     right, visible = _over_seeds(right), np.asarray(visible)
     return {
         "accuracy": joint_mean(right),
-        "accuracy_ci": bootstrap(right),
+        "accuracy_ci": bootstrap(_performances(right)),
         "accuracy_visible": joint_mean(np.where(visible, right, np.nan)),
         "accuracy_occluded": joint_mean(np.where(visible, np.nan, right)),
     }
 
 
 def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The difference of two methods' means on the same instants, and its paired 95 % interval.
+    """The difference of two methods' means on the same instants, and its paired 95 % interval over performances.
 
     values, against: (N, …, J), or (S, N, V, J) of S seeds: then their mean.
     """
     values, against = _over_seeds(values), _over_seeds(against)
-    return joint_mean(values) - joint_mean(against), bootstrap(values, against)
+    interval = bootstrap(_performances(values), _performances(against))
+    return joint_mean(values) - joint_mean(against), interval
+
+
+def _performances(values: np.ndarray, instants: int = 3) -> np.ndarray:
+    """What is drawn together: the three instants of a performance are no three tests.  (N, …, J) → (N / 3, …, J).
+
+    What is missing to the last three is nan.  Fewer instants than four stand for themselves.
+    """
+    if len(values) < instants + 1:
+        return values
+    filled = np.full((-len(values) % instants, *values.shape[1:]), np.nan)
+    whole = np.concatenate([values, filled])
+    return whole.reshape(-1, instants * int(np.prod(values.shape[1:-1])), values.shape[-1])
 
 
 def _over_seeds(values: np.ndarray) -> np.ndarray:
