@@ -143,11 +143,13 @@ def _keypoints(person: np.ndarray, file: Path, place: int) -> np.ndarray:
     if person.ndim != 1 or person.size % 3:
         raise ValueError(f"{file}: person {place}: expected 3 numbers a keypoint, got shape {person.shape}")
     person = person.reshape(-1, 3)
-    if not (np.abs(person) < 1e6).all() or (person[:, 2] < 0).any():
+    if person.size and not (np.abs(person).max() < 1e6 and person[:, 2].min() >= 0):
         raise ValueError(f"{file}: person {place}: a number is not finite, a million or more, or a negative confidence")
-    if not (person[:, 2] > 0).any():
+    unseen = person[:, 2] == 0
+    if unseen.all():
         return person[:0]
-    return np.where(person[:, 2:] > 0, person, (np.nan, np.nan, 0))
+    person[unseen] = np.nan, np.nan, 0
+    return person
 
 
 def _numbered(folder: Path, files: list[Path]) -> dict[int, Path]:
