@@ -87,7 +87,7 @@ def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray
     projected back into every view, hidden or not: "robust_reprojected", HRNet's peaks by robust triangulation, nothing
     learned; "space", "space_tree" and "space_parts", see `in_space`.
     """
-    seen, module = heatmaps_once(point, progress=False, flip=flip), _repaired(point)
+    seen, module = heatmaps_once(point, progress=False, flip=flip), repaired(point)
     actions, calibration = [i.action for i in Benchmark("test").instants], calibrated(point, flip)
     alone, fused = (triangulated(fusion, seen)[1] for fusion in (None, module))
     X = {"hrnet": alone["DLT"], "robust_reprojected": alone["robust"], "repaired": fused["DLT"]}
@@ -98,7 +98,7 @@ def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray
     return {name: {"found": right[name], "mm": 1000 * mpjpe(X[name], true)} for name in X}
 
 
-def _repaired(point: str) -> RepairedFusion:
+def repaired(point: str) -> RepairedFusion:
     """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
     try:
         return stored_module(load_runs(point)["repaired_frozen"]["weights"][0])
