@@ -26,11 +26,10 @@ figure = record_figure("{1}_line", Figure(), "A line.")"""
 pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes: EPIUTILS_KILLS=50")
 
 
-def killed(arguments, kills, seed=0):
+def killed(arguments, kills, seconds, seed):
     """Start a command that says a line when its work begins, again and again until it ends by itself; returns the kills.
 
-    Each time it is killed after a random part of what it took unbroken, as long as there are kills left; where it has
-    finished before, it is begun anew.
+    Each time it is killed after a random part of the seconds that it took unbroken, as long as there are kills left.
     """
     draw, happened = random.Random(seed), []
     while True:
@@ -39,7 +38,7 @@ def killed(arguments, kills, seed=0):
             if len(happened) < kills:
                 number, wait = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.uniform(0, 1)
                 try:
-                    process.wait(wait * killed.seconds)
+                    process.wait(wait * seconds)
                 except subprocess.TimeoutExpired:
                     process.send_signal(number)
                     happened.append(number)
@@ -50,13 +49,13 @@ def killed(arguments, kills, seed=0):
 
 
 def unbroken(arguments):
-    """Run the command once; how long it took from its first line is kept for `killed`."""
+    """Run the command once; returns the seconds from its first line to its end."""
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         begin = time.monotonic()
         process.communicate()
     assert process.returncode == 0
-    killed.seconds = time.monotonic() - begin
+    return time.monotonic() - begin
 
 
 def files(folder, pattern):
@@ -69,12 +68,12 @@ def files(folder, pattern):
     return {n: took.sub(b"", f.read_bytes()) if f.suffix in text else f.read_bytes() for n, f in found.items()}
 
 
-def campaign(command, out, whole, kills, pattern="*"):
-    """As many kills as are asked for, over as many runs as they take, each of which ends in what `whole` has."""
-    done, runs = [], 0
-    wanted = files(whole, pattern)
+def campaign(command, out, kills, pattern="*"):
+    """As many kills as are asked for, over as many runs as they take, each of which ends in what an unbroken one has."""
+    done, runs, seconds = [], 0, unbroken(command(out / "whole"))
+    wanted = files(out / "whole", pattern)
     while len(done) < kills:
-        done += killed(command(out / str(runs)), min(5, kills - len(done)), seed=runs)
+        done += killed(command(out / str(runs)), min(5, kills - len(done)), seconds, seed=runs)
         left = files(out / str(runs), pattern)
         assert left.keys() == wanted.keys()
         assert [name for name in left if left[name] != wanted[name]] == []
@@ -84,9 +83,7 @@ def campaign(command, out, whole, kills, pattern="*"):
 
 
 def test_training(tmp_path):
-    command = lambda out: [TINY, "long", out]
-    unbroken(command(tmp_path / "whole"))
-    campaign(command, tmp_path / "killed", tmp_path / "whole", KILLS, "weights.safetensors")
+    campaign(lambda out: [TINY, "long", out], tmp_path, KILLS, "weights.safetensors")
 
 
 def test_report(tmp_path):
@@ -101,6 +98,4 @@ def test_report(tmp_path):
         (tmp_path / "nb").mkdir(exist_ok=True)
         nbformat.write(nb, tmp_path / "nb" / f"{number}_name.ipynb")
     command = lambda out: ["-m", "epiutils.report", "--notebooks", tmp_path / "nb", "--out", out, "--resume"]
-    unbroken(command(tmp_path / "whole"))
-    (tmp_path / "killed").mkdir()
-    campaign(command, tmp_path / "killed", tmp_path / "whole", max(1, 2 * KILLS // 5))
+    campaign(command, tmp_path, max(1, 2 * KILLS // 5))

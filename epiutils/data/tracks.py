@@ -100,9 +100,10 @@ class _Instant:
                 of_view[self.view[seed]] = np.array([seed])
             of_view = [np.append(known, -1) for known in of_view]  # or not seen there
             total, support = np.zeros(1), np.zeros((1, len(score)))  # of combinations, and from one for each skeleton
-            for known in of_view:
+            for v, known in enumerate(of_view):
                 total = (total[:, None] + support[:, known]).ravel()
-                support = (support[:, None] + score[known]).reshape(len(total), -1)
+                if v + 1 < views:
+                    support = (support[:, None] + score[known]).reshape(len(total), -1)
             total = total.reshape([len(known) for known in of_view])
             while total.flat[best := total.argmax()] > 0:
                 chosen = np.unravel_index(best, total.shape)
