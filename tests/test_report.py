@@ -472,7 +472,7 @@ def test_a_rerun_that_is_killed_is_not_taken_for_finished(made, instead, capsys)
     assert sorted(path.name for path in (out / "figures").iterdir()) == figures
 
 
-def test_being_terminated_is_heard_like_ctrl_c(instead, capsys):
+def test_being_terminated_is_heard_like_ctrl_c(made, instead, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
 
     def terminated(*args, **kwargs):
@@ -481,6 +481,9 @@ def test_being_terminated_is_heard_like_ctrl_c(instead, capsys):
 
     assert instead(terminated, "--only", "02") == 130
     assert "02_second was interrupted" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(report, "build", terminated)  # and while pages are written
+    assert made[1]("--resume", "--only", "01", "-p", "slope", "2") == 130
+    assert "interrupted. What was done is kept" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named(made, instead, monkeypatch, capsys):

@@ -288,6 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk
         print(f"report: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while pages were written; in a notebook `_report` has heard it
+        print("report: interrupted. What was done is kept; go on with --resume.", file=sys.stderr)
+        return 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
