@@ -1,6 +1,6 @@
 """What fusion costs: each part of the original's iteration, its share of a network's time, and modules beside each other.
 
-    python benchmarks/fusion.py [--what iteration modules] [--batch 8] [--rounds 5] [--json data/results/fusion.json]
+    python benchmarks/fusion.py [--what iteration modules space] [--batch 8] [--rounds 5] [--json data/results/fusion.json]
 
 All candidates take turns in one run, and medians over the rounds count: a busy machine is busy for all of them, and
 what is quoted is a ratio.  Networks run on 256×256 pictures in channels-last memory, their best on a CPU.  The memory
@@ -32,13 +32,19 @@ from epiutils.heatmaps import joints_mse
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil, redirect
+from epiutils.space import poses
+from epiutils.studies import evidence
 from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, fusion_loss
-from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once, training_pictures
+from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once, peaks, training_pictures
 from epiutils.studies.runs import TOGETHER, TRAINING, WithNext
+from epiutils.triangulate import triangulate_robust
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")
 MODULES = {name: TOGETHER[name][0] for name in RIVALS} | {"original_frozen": lambda: WithNext(OriginalFusion())}
+
+
+PARTS = ("iteration", "modules", "space")
 
 
 def load(batch: int) -> dict[str, torch.Tensor]:
@@ -193,7 +199,7 @@ def _wait() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=("iteration", "modules"), default=("iteration", "modules"))
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="instants, and pairs of views (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -210,9 +216,34 @@ def main() -> None:
         for way, parts in results["iteration"]["seconds"].items():
             for part, value in parts.items():
                 print(f"  {way + ', ' + part:38s} {1e3 * value:12.2f} ms")
+    if "space" in chosen.what:
+        results["space"] = about | {"batch": 1, "threads": 1, "seconds": in_space(chosen.rounds)}
+        for name, value in results["space"]["seconds"].items():
+            print(f"  {name:32s} {1e3 * value:10.1f} ms for one instant, one thread")
     if chosen.json:
         with replacing(chosen.json) as part:
             part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def in_space(rounds: int) -> dict[str, float]:
+    """Seconds of one instant of four views on one thread: its joints in space, and W32's forward of its pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scenes, calibration, body = load(1), evidence.calibrated("best"), evidence.training_parts().body
+    maps = heatmaps_once("best", scenes=1, progress=False).output
+    P = (scenes["K"] @ torch.cat([scenes["R"], scenes["t"][..., None]], -1)).cpu()  # (1, 4, 3, 4)
+    x, heights = peaks(maps[0])
+    network, images = PoseHRNet(**NETWORKS["W32"]), normalise(scenes["image"]).cpu()
+    network = network.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        seconds = {
+            "in space": quickest(lambda: poses(maps, P.float(), calibration), 4 * rounds),
+            "in space, bones": quickest(lambda: poses(maps, P.float(), calibration, body), 4 * rounds),
+            "robust triangulation": quickest(lambda: triangulate_robust(x, P.numpy(), heights), 4 * rounds),
+            "W32, forward": quickest(lambda: _forward(network, images), rounds),
+        }
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def beside_each_other(batch: int, rounds: int) -> dict:

@@ -2,16 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
 from epiutils.data import people
-from epiutils.data.dataset import Benchmark
-from epiutils.data.views import BONES
+from epiutils.data.dataset import Benchmark, MultiView
+from epiutils.data.views import BONES, JOINTS
 from epiutils.metrics import joint_mean, mpjpe
+from epiutils.networks.predict import predict
 from epiutils.space import poses
 from epiutils.studies import evidence, runs
 from epiutils.studies.predicted import found_back, heatmaps_once
 
 CHOSEN = slice(0, 3)
+SIDES = ("hip", "kne", "ank", "sho", "elb", "wri")
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +71,40 @@ def test_bones_help_and_space_beats_rejection(stored):
             joint_mean(stored[point][name]["found"]) for name in ("hrnet", "robust_reprojected", "space", "space_tree")
         )
         assert alone < robust < space < tree + 0.002
+
+
+def test_true_joints_projected_back_are_found_and_others_are_not():
+    seen = heatmaps_once("best", scenes=CHOSEN, progress=False)
+    true = seen.joints_3d.numpy()
+    right = found_back(true, seen)
+    assert (right[np.isfinite(right)] == 1).all() and np.isfinite(right).mean() > 0.9
+    away = true.copy()
+    away[0, 3] += 1.0  # metres
+    away[1, 5] = np.nan
+    changed = found_back(away, seen)
+    assert (np.nan_to_num(changed[0, :, 3]) == 0).all() and (np.nan_to_num(changed[1, :, 5]) == 0).all()
+    changed[0, :, 3], changed[1, :, 5] = right[0, :, 3], right[1, :, 5]
+    np.testing.assert_array_equal(changed, right)
+
+
+class Constant(torch.nn.Module):
+    """Says the same maps (J, H, W) of every picture."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps = torch.nn.Parameter(maps)
+
+    def forward(self, pictures):
+        return self.maps.expand(len(pictures), *self.maps.shape)
+
+
+def test_the_flip_test_is_the_mean_with_the_mirrored_maps_left_and_right_exchanged():
+    maps = torch.rand(17, 5, 8, generator=torch.Generator().manual_seed(0))
+    data = MultiView([Benchmark("test").prepare(progress=False, only=[0])[0]])
+    flipped = predict(Constant(maps), data, flip=True).output[0, 0]
+    assert torch.equal(predict(Constant(maps), data).output[0, 0], maps)
+    for j, name in enumerate(JOINTS):
+        other = JOINTS.index({"l": "r", "r": "l"}[name[0]] + name[1:]) if name[1:] in SIDES else j
+        for x in range(8):  # pixel x shows input pixel 4 x; its mirror image 255 − 4 x is nearest to map pixel 8 − x
+            mirrored = maps[other, :, min(8 - x, 7)]
+            torch.testing.assert_close(flipped[j, :, x], (maps[j, :, x] + mirrored) / 2)
