@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from epiutils.space import Body
+
 _FEET = "lbigtoe lsmalltoe lheel rbigtoe rsmalltoe rheel"
 _SIDES = "nose leye reye lear rear lsho rsho lelb relb lwri rwri lhip rhip lkne rkne lank rank"
 _ORDERS = {
@@ -98,3 +100,26 @@ def stature(X: np.ndarray, model: str) -> float:
         if np.isfinite(sides).any():
             length, share = length + float(np.nanmedian(sides)), share + part
     return length / share if share else np.nan
+
+
+# Parent, child, length as a share of stature, and its deviation as a share of the length (after Drillis & Contini 1966;
+# what detectors take for shoulders and hips lies further in, and differs more)
+_TREE = (
+    ("lsho", "rsho", 0.21, 0.15),
+    ("lsho", "lhip", 0.288, 0.1),
+    ("lhip", "rhip", 0.13, 0.2),
+    *(bone for s in "lr" for bone in ((f"{s}sho", f"{s}elb", 0.172, 0.08), (f"{s}elb", f"{s}wri", 0.146, 0.08))),
+    *(bone for s in "lr" for bone in ((f"{s}hip", f"{s}kne", 0.245, 0.08), (f"{s}kne", f"{s}ank", 0.246, 0.08))),
+)
+
+
+def grown(model: str) -> Body:
+    """The tree of bones of a grown person as a detector sees it, for `space.along_bones`: trunk, arms and legs.
+
+    Of nobody in particular: stature 1.70 ± 0.14 m.  Joints that are in no bone, such as eyes and toes, stand alone.
+    """
+    place = {name: number for number, name in enumerate(JOINTS[model])}
+    mean, deviation = np.array([bone[2:] for bone in _TREE]).T
+    bones = tuple((place[parent], place[child]) for parent, child, *_ in _TREE)
+    whole = mean.sum()
+    return Body(bones, mean / whole, deviation * mean / whole, (1.70 * whole, 0.14 * whole))
