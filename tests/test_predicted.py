@@ -118,7 +118,10 @@ def test_the_summary_splits_the_accuracy_into_that_of_visible_and_of_hidden_join
     performances = [np.concatenate(three) for three in (right[:3], (right[3], nobody, nobody))]
     assert low < given["accuracy"] < high and (low, high) == bootstrap(np.stack(performances))
     other = found_by(Sources(), predicted)
-    assert summary(np.stack([right, other]), predicted.visible) == summary((right + other) / 2, predicted.visible)
+    both = summary(np.stack([right, other]), predicted.visible)
+    assert both.pop("accuracy_by_seed") == [joint_mean(right), joint_mean(other)]
+    assert both == summary((right + other) / 2, predicted.visible)
+    assert summary(right[None], predicted.visible) == given  # one seed says nothing of seeds
 
 
 def test_where_no_joint_is_hidden_their_accuracy_is_no_number():

@@ -265,18 +265,21 @@ def triangulated(
     return x, points | {"robust": triangulate_robust(x, P, heights, threshold)[0]}
 
 
-def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | tuple[float, float]]:
+def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | list[float] | tuple[float, float]]:
     """HRNet's accuracy, its 95 % interval over performances, and that of visible and of hidden joints.
 
-    right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean.  visible: (N, V, J).
+    right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean, and where S > 1 also
+    `accuracy_by_seed`.  visible: (N, V, J).
     """
+    seeds = [joint_mean(one) for one in right] if np.ndim(right) == 4 else []
     right, visible = _over_seeds(right), np.asarray(visible)
+    by_seed = {"accuracy_by_seed": seeds} if len(seeds) > 1 else {}
     return {
         "accuracy": joint_mean(right),
         "accuracy_ci": bootstrap(_performances(right)),
         "accuracy_visible": joint_mean(np.where(visible, right, np.nan)),
         "accuracy_occluded": joint_mean(np.where(visible, np.nan, right)),
-    }
+    } | by_seed
 
 
 def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
