@@ -35,7 +35,8 @@ def test_hrnet_and_the_repaired_module_are_those_of_the_runs(stored, point):
 @pytest.mark.parametrize("point", ["original", "best", "strong"])
 def test_what_is_stored_is_whole_and_ordered_as_it_must_be(stored, point):
     names = ("hrnet", "repaired", "robust_reprojected", "space", "space_tree", "space_parts")
-    assert set(stored[point]) == {name + flip for name in names for flip in ("", "_flip")}
+    free = {f"{of}_{how}" for of in ("hrnet", "space") for how in ("free", "longer")} if point == "best" else set()
+    assert set(stored[point]) == {name + flip for name in names for flip in ("", "_flip")} | free
     for values in stored[point].values():
         assert values["found"].shape == (420, 4, 17) and values["mm"].shape == (420, 17)
         assert set(np.unique(np.nan_to_num(values["found"], nan=1))) <= {0, 1}

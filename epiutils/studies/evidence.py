@@ -1,6 +1,7 @@
 """Evidence in space on the benchmark: what it learns from training people, and how well it finds the test's joints.
 
     python -m epiutils.studies.evidence          # all operating points, with and without the flip test: 15 minutes
+    python -m epiutils.studies.evidence --points --free best    # the backbone set free, and its control: 10 minutes
 
 Three numbers say what a backbone's heatmaps are worth, bone lengths what a body is like, poses how limbs are held; all
 come from people that the backbone was trained on.  What each method finds is stored in data/results/space.npz, see
@@ -13,22 +14,27 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from epiutils.data import people
-from epiutils.data.dataset import Benchmark
+from epiutils.data.dataset import Augmentation, Benchmark, MultiView
 from epiutils.data.files import replacing
 from epiutils.data.views import BONES, Predicted
 from epiutils.fusion import RepairedFusion
+from epiutils.heatmaps import joints_mse, position_cross_entropy
 from epiutils.metrics import mpjpe
-from epiutils.networks.predict import device_name
-from epiutils.space import Body, Calibration, along_bones, modes, near_best
+from epiutils.networks.hrnet import load_checkpoint, normalise
+from epiutils.networks.loop import train
+from epiutils.networks.predict import device_name, predict
+from epiutils.networks.training import pose_loss
+from epiutils.space import Body, Calibration, along_bones, log_evidence, modes, near_best, poses
 from epiutils.studies.parts import Parts
-from epiutils.studies.predicted import CHECKPOINTS, found_back, found_by, heatmaps_once, kept, triangulated
+from epiutils.studies.predicted import CHECKPOINTS, choose, found_back, found_by, heatmaps_once, kept, triangulated
 from epiutils.studies.runs import TRAINING, stored_module, train_frozen
 from epiutils.studies.runs import load as load_runs
 from epiutils.triangulate import triangulate
@@ -48,8 +54,8 @@ def calibrated(point: str, flip: bool = False) -> Calibration:
 def training_parts() -> Parts:
     """How the embedded training people are built, `.body`, and hold their limbs."""
     some = [i for i in Benchmark("train-large").instants if i.subject in _TRAINED]
-    poses = np.stack([people.pose(i.subject, i.action, i.frame, i.seed) for i in some])
-    return Parts.of(poses, np.array([i.action for i in some]), Body.of(poses, BONES))
+    shown = np.stack([people.pose(i.subject, i.action, i.frame, i.seed) for i in some])
+    return Parts.of(shown, np.array([i.action for i in some]), Body.of(shown, BONES))
 
 
 @torch.no_grad()
@@ -110,6 +116,67 @@ def repaired(point: str) -> RepairedFusion:
         return module.requires_grad_(False)
 
 
+def _space_loss(network: nn.Module, batch: dict[str, Tensor], done: float, calibration: Calibration) -> Tensor:
+    """How improbable the true place of a joint is among its modes, and HRNet's own losses beside it; for `train`.
+
+    −log of p(X)^(1 / 1.5) at the true X over its sum with the modes' that lie more than 5 cm from it; of `MultiView`.
+    """
+    maps = network(normalise(batch["image"])).unflatten(0, batch["image"].shape[:2])
+    P = (batch["K"] @ torch.cat([batch["R"], batch["t"][..., None]], -1)).to(maps)
+    true = batch["joints_3d"].to(maps)[:, :, None]  # (B, J, 1, 3)
+    with torch.no_grad():
+        X = modes(maps, P, calibration, count=8, peaks=2).X
+    evidence = log_evidence(torch.cat([true, X], 2), maps, P, calibration) / 1.5
+    same = torch.nn.functional.pad((X - true).norm(dim=-1) < 0.05, (1, 0))
+    lost = -torch.log_softmax(evidence.masked_fill(same, -1e4), -1)[..., 0].mean()
+    truth = batch["target"], batch["weight"]
+    return lost + 100 * joints_mse(maps, *truth) + 0.25 * position_cross_entropy(maps, *truth)
+
+
+def _trained_on(point: str, through_space: bool, steps: int = 100) -> nn.Module:
+    """The backbone of a point after some steps more, half of the runs' "repaired_free" and "hrnet_longer"; of seed 0."""
+    network, calibration, everybody = load_checkpoint(CHECKPOINTS[point]), calibrated(point), Benchmark("train-large")
+    chosen = choose(everybody, 4 * steps)  # each instant about once
+    data = MultiView(torch.utils.data.Subset(everybody.prepare(progress=False, only=chosen), chosen), Augmentation())
+    loss = partial(_space_loss, calibration=calibration) if through_space else _pose_loss
+    settings = {"steps": steps, "batch": 4, "lr": 5e-4, "warmup": 10, "clip": 1.0, "seed": 0, "workers": 1}
+
+    def make() -> dict:
+        torch.manual_seed(0)
+        model = network.to(memory_format=torch.channels_last).train()
+        train(model, loss, data, progress=True, **settings)
+        return {name: value.contiguous() for name, value in model.state_dict().items()}
+
+    known = [Path(CHECKPOINTS[point]), _space_loss, train, modes, MultiView, [everybody.instants[i] for i in chosen]]
+    network.load_state_dict(kept("set-free", [*known, through_space, settings, calibration], make))
+    return network.eval()
+
+
+def _pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+    return pose_loss(network, batch, 0.5)
+
+
+def _set_free(point: str) -> dict[str, dict[str, np.ndarray]]:
+    """As `_evaluated`, of backbones that were trained on: "space_free", through space, its joints in space with bones;
+    "space_longer", alone and as long, the same; "hrnet_free" and "hrnet_longer", the heatmaps of each alone.
+    """
+    made, body, shots = {}, training_parts().body, []
+    for split, wanted in (("train", TRAINING), ("test", slice(None))):
+        data = Benchmark(split)
+        chosen = choose(data, wanted)
+        shots.append(MultiView(torch.utils.data.Subset(data.prepare(progress=False, only=chosen), chosen)))
+    for name, through_space in (("free", True), ("longer", False)):
+        network = _trained_on(point, through_space)
+        lesson, seen = (predict(network, data) for data in shots)
+        calibration, true = Calibration.fit(lesson.output, lesson.joints), seen.joints_3d.numpy()
+        with torch.no_grad():
+            X = poses(seen.output, seen.P.float(), calibration, body).double().numpy()
+        alone = triangulated(None, seen)[1]["DLT"]
+        made[f"space_{name}"] = {"found": found_back(X, seen), "mm": 1000 * mpjpe(X, true)}
+        made[f"hrnet_{name}"] = {"found": found_by(None, seen), "mm": 1000 * mpjpe(alone, true)}
+    return made
+
+
 def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """What is stored, by point and method, "hrnet_flip" with the flip test: found (N, V, J), and mm (N, J).
 
@@ -132,19 +199,22 @@ def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what is asked for, and store it beside what is there."""
     parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=main.__doc__)
-    parser.add_argument("--points", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    parser.add_argument("--points", nargs="*", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    parser.add_argument("--free", nargs="*", choices=CHECKPOINTS, default=[], help="also train these through space")
     chosen, arrays = parser.parse_args(arguments), {}
     if STORED.exists():
         with np.load(STORED, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    for point in chosen.points:
-        for flip in (False, True):
-            for method, values in _evaluated(point, flip).items():
-                name = f"{point}/{method}{'_flip' * flip}"
-                arrays[f"{name}/found"] = np.where(np.isnan(values["found"]), 2, values["found"]).astype(np.uint8)
-                arrays[f"{name}/mm"] = np.minimum(values["mm"], 65504).astype(np.float16)
-                mm = float(np.nanmean(values["mm"]))
-                print(f"{name}: {100 * np.nanmean(values['found']):.1f} % found, {mm:.1f} mm", flush=True)
+    asked = [
+        (point, partial(_evaluated, point, flip), "_flip" * flip) for point in chosen.points for flip in (False, True)
+    ]
+    for point, evaluate, ending in [*asked, *((point, partial(_set_free, point), "") for point in chosen.free)]:
+        for method, values in evaluate().items():
+            name = f"{point}/{method}{ending}"
+            arrays[f"{name}/found"] = np.where(np.isnan(values["found"]), 2, values["found"]).astype(np.uint8)
+            arrays[f"{name}/mm"] = np.minimum(values["mm"], 65504).astype(np.float16)
+            mm = float(np.nanmean(values["mm"]))
+            print(f"{name}: {100 * np.nanmean(values['found']):.1f} % found, {mm:.1f} mm", flush=True)
         meta = {"command": "python -m epiutils.studies.evidence", "device": device_name(), "torch": torch.__version__}
         with replacing(STORED) as part, part.open("wb") as file:
             np.savez_compressed(file, **arrays | {"meta": json.dumps(meta)})
