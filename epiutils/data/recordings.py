@@ -117,19 +117,21 @@ class Recording:
             cameras = [name for v, name in enumerate(names) if self.person[v, t] >= 0]
         views = []
         for v in map(names.index, cameras):
-            camera, video = self.cameras[v], self.videos[v]
             if self.person[v, t] < 0:
                 status = Status(self.status[v, t]).name
                 raise ValueError(f"{self.path}: {names[v]}, frame {frame}: {status}; leave it out with cameras=")
-            if video is None:
-                image = np.full((*camera.size[::-1], 3), 128, np.uint8)
-            else:
-                modified = check_file(video, within=self.path).stat().st_mtime_ns
-                image = _fit(_picture(video, frame + self.lags[v] - self.video_start, modified), camera.size)
-            views.append(self._crop(v, t, image, size, undistort))
+            views.append(self.crop(v, t, self.picture(v, frame), size, undistort))
         return views
 
-    def _crop(self, v: int, t: int, image: np.ndarray, size=(256, 256), undistort: bool = True) -> View:
+    def picture(self, v: int, frame: int) -> np.ndarray:
+        """The whole picture (H, W, 3) of camera number v, as its calibration has it; grey where there is no video."""
+        camera, video = self.cameras[v], self.videos[v]
+        if video is None:
+            return np.full((*camera.size[::-1], 3), 128, np.uint8)
+        modified = check_file(video, within=self.path).stat().st_mtime_ns
+        return _fit(_picture(video, frame + self.lags[v] - self.video_start, modified), camera.size)
+
+    def crop(self, v: int, t: int, image: np.ndarray, size=(256, 256), undistort: bool = True) -> View:
         """The crop of a camera's picture to the person of an instant; camera and joints are right for any picture."""
         joints = self.detections[v, t]
         view = View(image, self.cameras[v], joints[:, :2], np.minimum(joints[:, 2], 1))
@@ -163,7 +165,7 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> t
         raise ValueError(f"{recording.path}: none of the frames wanted has a person in every view")
     nothing, samples = np.zeros((1, 1, 3), np.uint8), []
     for t in index:
-        views = [recording._crop(v, t, nothing) for v in range(len(recording.cameras))]
+        views = [recording.crop(v, t, nothing) for v in range(len(recording.cameras))]
         F = heatmap_fundamentals([view.camera for view in views])
         sample = {"output": torch.stack([heatmaps(view) for view in views]).float(), "F": torch.from_numpy(F)}
         sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))

@@ -1,0 +1,310 @@
+"""Real pictures: what MoveNet sees of a person before four cameras, hidden by patches and by a second person.
+
+    python -m epiutils.studies.real path/to/balancing path/to/second_person     # stores data/real/balancing.npz
+
+Both recordings are in PyPI's `pose2sim`: one person, and the same 100 frames with a rendered second person who stands
+before the first, so that the truth of what is hidden lies beside it.  The pseudo-truth is OpenPose's detections,
+triangulated robustly from the unhidden views; MoveNet, another network, has no part in it.  No picture is stored, only
+heatmaps, of which notebook 08 is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from epiutils.data.bodies import grown
+from epiutils.data.dataset import Benchmark
+from epiutils.data.files import replacing
+from epiutils.data.recordings import Recording, read_recording, realigned
+from epiutils.data.views import JOINTS, View
+from epiutils.fusion import RepairedFusion
+from epiutils.networks.movenet import COCO, MoveNet, aligned
+from epiutils.redirect import Pencil
+from epiutils.space import Body, Calibration, poses
+from epiutils.studies.evidence import repaired
+from epiutils.studies.predicted import peaks
+from epiutils.triangulate import project, triangulate_robust
+
+STORED = Path(__file__).resolve().parents[2] / "data" / "real" / "balancing.npz"
+ANSWERS = STORED.with_name("answers.npz")
+BODY = range(5, 17)  # of COCO: shoulders to ankles
+PATCHES = ("grey", "noise", "texture")
+NEAR = 3.2  # heatmap px within which a joint is found, as in HRNet's accuracy
+
+
+def gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """Heatmaps of every `step`-th frame, unhidden, patched and behind the second person, and what is true there.
+
+    clean (N, V, J, 64, 64), patched (N, V, 3, J, 64, 64) and second (N, V, J, 64, 64), eight bits, 255 for 1, of COCO's
+    joints; boxes (N, V, 3, 4) of the patches and differs (N, V, J), how far a picture with the second person is from the
+    one without at each joint; K, R, t of the cameras as realigned, with maps at every fourth pixel, shifts (V, 2) px of
+    the pictures, K_calibrated before that; X (N, J, 3) metres, and residual (N, V, J) px of the input, of the pseudo-truth;
+    calibration (3,), of `Calibration`.
+    """
+    network, rng = MoveNet(), np.random.default_rng(seed)
+    calibrated = recording = read_recording(single)
+    cameras, shifts = realigned(recording.cameras, recording.detections)
+    recording = replace(recording, cameras=cameras)
+    frames = [int(frame) for frame in recording.frames[:-1:step]]
+    others = [_Second(Path(second) / "videos" / f"cam{v + 1:02d}.mp4", recording, v) for v in range(len(cameras))]
+    rows: dict[str, list] = {}
+    for frame in tqdm(frames, unit="frame"):
+        views = [aligned(view) for view in recording.views(frame)]
+        names = [recording.joints.index(name) for name in COCO]
+        P = np.stack([view.camera.P for view in views])
+        x = np.stack([view.joints[names] for view in views], 1)  # (J, V, 2)
+        X, _ = triangulate_robust(x, P, np.stack([view.confidence[names] for view in views], 1))
+        truth = project(X, P).swapaxes(0, 1)  # (V, J, 2)
+        patched, boxes = zip(
+            *(_patched(view.image, at[list(BODY)], rng) for view, at in zip(views, truth, strict=True))
+        )
+        hidden = [other.picture(frame, view) for other, view in zip(others, views, strict=True)]
+        images = np.stack([view.image for view in views])
+        maps = [_seen(network, images), _seen(network, np.concatenate(patched)), _seen(network, np.stack(hidden))]
+        row = {"clean": maps[0], "patched": maps[1].reshape(len(views), 3, *maps[1].shape[1:]), "second": maps[2]}
+        row |= {"boxes": boxes, "X": X, "residual": np.linalg.norm(truth - x.swapaxes(0, 1), axis=-1)}
+        row |= {"differs": [_difference(*pair) for pair in zip(images, hidden, truth, strict=True)]}
+        row |= {key: [getattr(view.camera, key) for view in views] for key in ("K", "R", "t")}
+        row |= {"K_calibrated": [aligned(view).camera.K for view in calibrated.views(frame)]}
+        for key, value in row.items():
+            rows.setdefault(key, []).append(np.asarray(value))
+    worth = vars(_calibrated(network))
+    arrays = {key: np.stack(each) for key, each in rows.items()}
+    return arrays | {"frames": np.array(frames), "shifts": shifts, "calibration": np.array(list(worth.values()))}
+
+
+def _calibrated(network: MoveNet, every: int = 24) -> Calibration:
+    """What MoveNet's maps are worth: fitted on synthetic people, instants of subject 1, and never on a recording."""
+    shared, maps, joints = [JOINTS.index(COCO[j]) for j in BODY], [], []
+    for n in range(0, 840, every):
+        views = Benchmark("train")[n]
+        maps.append(_seen(network, np.stack([view.image for view in views]))[:, list(BODY)] / np.float32(255))
+        joints.append(np.stack([aligned(view).joints[shared] for view in views]))
+    return Calibration.fit(torch.from_numpy(np.stack(maps)), torch.from_numpy(np.stack(joints)))
+
+
+def _seen(network: MoveNet, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return (255 * network(images)).round().byte().numpy()
+
+
+def _patched(image: np.ndarray, joints: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The picture with a patch near a joint, grey, of noise, and of its own texture: (3, H, W, 3), and (3, 4) boxes."""
+    made, boxes = np.repeat(image[None], 3, 0), []
+    for k, kind in enumerate(PATCHES):
+        size = rng.integers(44, 100, 2)
+        low = (joints[rng.integers(len(joints))] + rng.uniform(-10, 10, 2) - size / 2).clip(0, 255 - size).astype(int)
+        (left, top), (right, bottom) = low, low + size
+        away = (low + 128) % (256 - size)
+        texture = image[away[1] : away[1] + size[1], away[0] : away[0] + size[0], :][:, ::-1]
+        fill = {"grey": 128, "noise": rng.integers(0, 256, (size[1], size[0], 3)), "texture": texture}[kind]
+        made[k, top:bottom, left:right] = fill
+        boxes.append((left, top, right, bottom))
+    return made, np.array(boxes)
+
+
+class _Second:
+    """One camera's video with the second person: one frame later, and slightly rescaled."""
+
+    def __init__(self, path: Path, recording: Recording, v: int):
+        self.recording, self.v, self.video = recording, v, cv2.VideoCapture(str(path))
+        if not self.video.isOpened():
+            raise ValueError(f"{path} is no video that OpenCV reads")
+        self.A = _similarity(self._frame(51), recording.picture(v, 50))
+
+    def _frame(self, number: int) -> np.ndarray:
+        self.video.set(cv2.CAP_PROP_POS_FRAMES, number)
+        return cv2.cvtColor(self.video.read()[1], cv2.COLOR_BGR2RGB)
+
+    def picture(self, frame: int, view: View) -> np.ndarray:
+        """What the view would show with the second person in it."""
+        camera, t = self.recording.cameras[self.v], int(np.flatnonzero(self.recording.frames == frame)[0])
+        image = cv2.warpAffine(self._frame(frame + 1), self.A, camera.size, flags=cv2.INTER_LINEAR)
+        return self.recording.crop(self.v, t, image).image
+
+
+def _similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The similarity (2, 3) that moves one picture onto another, by SIFT and RANSAC."""
+    sift = cv2.SIFT_create(3000)
+    (ks, ds), (kt, dt) = (sift.detectAndCompute(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), None) for p in (source, target))
+    pairs = [a for a, b in cv2.BFMatcher().knnMatch(ds, dt, 2) if a.distance < 0.7 * b.distance]
+    x, y = np.float32([ks[m.queryIdx].pt for m in pairs]), np.float32([kt[m.trainIdx].pt for m in pairs])
+    return cv2.estimateAffinePartial2D(x, y, ransacReprojThreshold=6)[0]
+
+
+def _difference(image: np.ndarray, other: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """How far the one picture is from the other around each joint (J,), 0 to 255, colours fitted to each other."""
+    a, b = (p.reshape(-1, 3).astype(np.float32) for p in (image, other))
+    A, good = np.c_[a, np.ones(len(a))], np.ones(len(a), bool)
+    for _ in range(4):  # what differs is left out of the fit
+        off = abs(A @ np.linalg.lstsq(A[good], b[good], rcond=None)[0] - b).max(1)
+        good = off < 2 * np.median(off) + 4
+    off = cv2.blur(off.reshape(image.shape[:2]), (9, 9))
+    x, y = np.rint(at + 1.5).clip(0, 255).astype(int).T
+    return off[y, x]
+
+
+def load() -> dict[str, np.ndarray]:
+    """What `gather` gave, as it is stored; maps in eight bits."""
+    with np.load(STORED, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def cases(data: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The questions that are asked, each of N' instants of V' views.
+
+    maps (N', V', J, 64, 64) eight bits; P (N', V', 3, 4) px of the input; X (N', J, 3); asked (N', V', J), the joints
+    that the question is about; frame (N',), whose frame it is.  "unhidden": all joints; "one_view": the first view is
+    patched, the others are clean; "two_sources": the same with two others; "every_view": all are patched;
+    "second_person": all views as they are behind the second person; "as_calibrated": "one_view" before realignment.
+    """
+    P = data["K"] @ np.concatenate([data["R"], data["t"][..., None]], -1)
+    nominal = data["K_calibrated"] @ np.concatenate([data["R"], data["t"][..., None]], -1)
+    frames, views = np.arange(len(P)), P.shape[1]
+    at = project(data["X"], P[:, None]).swapaxes(1, 2) / 4  # (N, V, J, 2) px of the map
+    known = (data["residual"] / 4 < 1.6).sum(1, keepdims=True) >= 3
+    known = known & ((at >= 0) & (at <= 63)).all(-1) & np.isin(np.arange(at.shape[2]), BODY)
+    boxes = data["boxes"][:, :, :, None] / 4  # (N, V, K, 1, 4)
+    inside = ((at[:, :, None] >= boxes[..., :2]) & (at[:, :, None] <= boxes[..., 2:])).all(-1) & known[:, :, None]
+    made = {"unhidden": {"maps": data["clean"], "P": P, "asked": known, "frame": frames}}
+    made["second_person"] = {"maps": data["second"], "P": P, "asked": known & (data["differs"] > 20), "frame": frames}
+    kinds = len(PATCHES)
+    each = {"maps": data["patched"].swapaxes(1, 2).reshape(-1, *data["patched"].shape[1:2], *data["patched"].shape[3:])}
+    each |= {"P": P.repeat(kinds, 0), "asked": inside.swapaxes(1, 2).reshape(-1, *known.shape[1:])}
+    made["every_view"] = each | {"frame": frames.repeat(kinds)}
+    for name, sources, cameras in (("one_view", 3, P), ("two_sources", 2, P), ("as_calibrated", 3, nominal)):
+        parts = []
+        for r in range(views):
+            order = [(r + k) % views for k in range(sources + 1)]
+            k = (frames + r) % kinds  # each frame and view has one of the patches
+            maps, asked = data["clean"][:, order].copy(), np.zeros_like(known[:, order])
+            maps[:, 0], asked[:, 0] = data["patched"][frames, r, k], inside[frames, r, k]
+            parts.append({"maps": maps, "P": cameras[:, order], "true": P[:, order], "asked": asked, "frame": frames})
+        made[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    for case in made.values():
+        case["X"] = data["X"][case["frame"]]
+        case["at"] = project(case["X"], case.get("true", case["P"])[:, None]).swapaxes(1, 2) / 4
+    return made
+
+
+def fundamentals(P: np.ndarray) -> Tensor:
+    """F (N, V, V, 3, 3) in px of the maps from cameras P (N, V, 3, 4) of the inputs (Hartley & Zisserman 9.1)."""
+    P = np.diag([0.25, 0.25, 1]) @ P
+    centre = -np.linalg.solve(P[..., :3], P[..., 3:])  # (N, V, 3, 1)
+    F = np.zeros((*P.shape[:2], P.shape[1], 3, 3))
+    for s, r in np.ndindex(P.shape[1], P.shape[1]):
+        if s != r:
+            e = (P[:, r, :, :3] @ centre[:, s] + P[:, r, :, 3:])[..., 0]  # the source's centre as the reference sees it
+            cross = np.cross(np.eye(3), e[:, None, :])  # [e]× up to its sign
+            F[:, s, r] = cross @ P[:, r, :, :3] @ np.linalg.inv(P[:, s, :, :3])
+    return torch.from_numpy(F / np.linalg.norm(F, axis=(-2, -1), keepdims=True).clip(1e-12))
+
+
+@torch.no_grad()
+def answers(
+    case: dict[str, np.ndarray], module: RepairedFusion, calibration: Calibration, body: Body, batch: int = 11
+) -> dict[str, dict[str, np.ndarray]]:
+    """What each method answers: found (N', V', J), nan where nobody asks, and mm (N', J) from the pseudo-truth in space."""
+    right: dict[str, list] = {}
+    away: dict[str, list] = {}
+    for first in range(0, len(case["maps"]), batch):
+        some = {key: values[first : first + batch] for key, values in case.items()}
+        maps, P = torch.from_numpy(some["maps"]).float() / 255, some["P"]
+        fused = _fused(maps, fundamentals(P), module)
+        X = {name: _robust(fused[name], P) for name in ("alone", "repaired")}
+        X |= {
+            "robust_reprojected": X["alone"],
+            "space": poses(maps, torch.from_numpy(P).float(), calibration).double().numpy(),
+        }
+        X["space_tree"] = poses(maps, torch.from_numpy(P).float(), calibration, body).double().numpy()
+        pixels = {name: _argmax(at) for name, at in fused.items()}
+        for name in X.keys() - fused.keys():
+            pixels[name] = np.rint(project(X[name], P[:, None]).swapaxes(1, 2) / 4)
+        for name, at in pixels.items():
+            off = np.linalg.norm(at - some["at"], axis=-1)
+            right.setdefault(name, []).append(np.where(some["asked"], off < NEAR, np.nan))
+            if name in X:
+                away.setdefault(name, []).append(1000 * np.linalg.norm(X[name] - some["X"], axis=-1))
+    made = {name: {"found": np.concatenate(each)} for name, each in right.items()}
+    return {name: of | ({"mm": np.concatenate(away[name])} if name in away else {}) for name, of in made.items()}
+
+
+def _fused(maps: Tensor, F: Tensor, module: RepairedFusion) -> dict[str, Tensor]:
+    """The maps (N, V, J, h, w) alone, and fused along lines by each method."""
+    made = {"alone": maps, "repaired": module.all_views(maps, F)}
+    one, three, maxima = (torch.zeros_like(maps) for _ in range(3))
+    views = maps.shape[1]
+    for r in range(views):
+        for k in range(1, views):
+            s = (r + k) % views
+            pencil = Pencil.from_fundamental(F[:, s, r], tuple(maps.shape[-2:]), 1.0)
+            ridge = pencil.sum(maps[:, s])
+            one[:, r] += ridge if k == 1 else 0
+            three[:, r] += ridge
+            maxima[:, r] += pencil.max(maps[:, s]).clamp_min(0)
+    return made | {"original": maps + one, "original_three": maps + three, "line_max": maps + maxima}
+
+
+def _argmax(maps: Tensor) -> np.ndarray:
+    place = maps.flatten(-2).argmax(-1)
+    return torch.stack([place % maps.shape[-1], place // maps.shape[-1]], -1).double().numpy()
+
+
+def _robust(maps: Tensor, P: np.ndarray) -> np.ndarray:
+    """The peaks of fused maps, triangulated robustly: (N, J, 3)."""
+    x, heights = (np.stack(each) for each in zip(*(peaks(one) for one in maps), strict=True))
+    return triangulate_robust(x, P[:, None], heights.clip(1e-3))[0]
+
+
+def load_answers() -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The stored `answers` by case and method, and beside the methods "frame" (N',) of each case."""
+    shown: dict[str, dict] = {}
+    with np.load(ANSWERS, allow_pickle=False) as stored:
+        for full in stored.files:
+            case, method, key = full.split("/")
+            values = stored[full].astype(np.float32)
+            values = np.where(values > 1, np.nan, values) if key == "found" else values
+            shown.setdefault(case, {}).setdefault(method, {})[key] = values
+    return shown
+
+
+def _answer(data: dict[str, np.ndarray]) -> None:
+    """Ask all cases, and store the answers."""
+    arrays, calibration = {}, Calibration(*map(float, data["calibration"]))
+    for name, case in tqdm(cases(data).items(), unit="case"):
+        arrays[f"{name}/case/frame"] = case["frame"]
+        for method, of in answers(case, repaired("best"), calibration, grown("COCO_17")).items():
+            arrays[f"{name}/{method}/found"] = np.where(np.isnan(of["found"]), 2, of["found"]).astype(np.uint8)
+            if "mm" in of:
+                arrays[f"{name}/{method}/mm"] = of["mm"].astype(np.float16)
+    with replacing(ANSWERS) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Store what MoveNet sees of both recordings."""
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.real", description=main.__doc__)
+    parser.add_argument("single", help="folder of the recording of one person, with its detections")
+    parser.add_argument("second", help="folder of the same with the second person")
+    chosen = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gathered = gather(chosen.single, chosen.second)
+    with replacing(STORED) as part, part.open("wb") as file:
+        np.savez_compressed(file, **gathered)
+    _answer(gathered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

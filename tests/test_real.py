@@ -1,0 +1,79 @@
+"""Real pictures: cameras and their F, questions that hide what they say, and answers that follow from the stored maps."""
+
+import numpy as np
+import pytest
+import torch
+
+from epiutils.data.bodies import grown
+from epiutils.data.dataset import Benchmark
+from epiutils.data.views import heatmap_fundamentals
+from epiutils.space import Calibration
+from epiutils.studies import evidence, real
+
+
+@pytest.fixture(scope="module")
+def data():
+    return real.load()
+
+
+@pytest.fixture(scope="module")
+def cases(data):
+    return real.cases(data)
+
+
+def test_fundamental_matrices_are_those_of_the_cameras():
+    cameras = [view.camera for view in Benchmark("test")[2]]
+    given, expected = real.fundamentals(np.stack([c.P for c in cameras])[None])[0], heatmap_fundamentals(cameras)
+    for s, r in np.ndindex(4, 4):
+        if s != r:
+            F = given[s, r].numpy() * np.sign((given[s, r].numpy() * expected[s, r]).sum())
+            np.testing.assert_allclose(F, expected[s, r] / np.linalg.norm(expected[s, r]), atol=1e-9)
+
+
+def test_the_stored_cameras_see_the_pseudo_truth_where_openpose_saw_it(data):
+    assert np.nanmedian(data["residual"]) / 4 < 0.6 and data["X"].shape == (33, 17, 3)
+    assert data["clean"].dtype == np.uint8 and data["clean"].shape == (33, 4, 17, 64, 64)
+    bones = np.linalg.norm(data["X"][:, 11] - data["X"][:, 13], axis=-1)  # a thigh keeps its length
+    assert bones.std() / bones.mean() < 0.05 and 0.3 < bones.mean() < 0.55
+
+
+def test_what_is_asked_lies_under_the_patch_or_differs(data, cases):
+    assert set(cases) == {"unhidden", "second_person", "every_view", "one_view", "two_sources", "as_calibrated"}
+    one = cases["one_view"]
+    assert not one["asked"][:, 1:].any() and one["asked"][:, 0].sum() > 200
+    for n in range(0, len(one["maps"]), 7):
+        r, frame = n // 33, int(one["frame"][n])
+        for v in range(1, 4):  # the sources are clean, in the order of the cameras
+            np.testing.assert_array_equal(one["maps"][n, v], data["clean"][frame, (r + v) % 4])
+        boxes = data["boxes"][frame, r] / 4
+        for j in np.flatnonzero(one["asked"][n, 0]):
+            x, y = one["at"][n, 0, j]
+            assert any(l <= x <= right and t <= y <= b for l, t, right, b in boxes)
+    assert cases["two_sources"]["maps"].shape[1] == 3
+    assert (data["differs"][cases["second_person"]["asked"]] > 20).all()
+
+
+@pytest.mark.parametrize("name", ["unhidden", "second_person", "two_sources"])
+def test_answers_follow_from_the_stored_maps(data, cases, name):
+    """A few instants asked anew: by all methods as stored, and alone by a literal arg-max."""
+    few = {key: values[4:7] for key, values in cases[name].items()}
+    calibration = Calibration(*map(float, data["calibration"]))
+    given = real.answers(few, evidence.repaired("best"), calibration, grown("COCO_17"))
+    stored = real.load_answers()[name]
+    for method, answer in given.items():
+        np.testing.assert_array_equal(answer["found"], stored[method]["found"][4:7], err_msg=method)
+    for n, v, j in np.argwhere(few["asked"]):
+        y, x = np.unravel_index(few["maps"][n, v, j].argmax(), (64, 64))
+        near = np.hypot(*(np.array((x, y)) - few["at"][n, v, j])) < 3.2
+        assert given["alone"]["found"][n, v, j] == near
+
+
+def test_patches_cover_what_their_boxes_say():
+    image = np.random.default_rng(0).integers(0, 255, (256, 256, 3)).astype(np.uint8)
+    made, boxes = real._patched(image, np.full((12, 2), 250.0), np.random.default_rng(1))
+    for picture, (left, top, right, bottom) in zip(made, boxes, strict=True):
+        changed = (picture != image).any(-1)
+        assert 0 <= left < right <= 255 and changed[top:bottom, left:right].mean() > 0.9
+        changed[top:bottom, left:right] = False
+        assert not changed.any()
+    assert torch.from_numpy(made).unique().numel() > 2
