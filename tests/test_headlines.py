@@ -1,0 +1,80 @@
+"""Headlines of the committed report, recomputed from the stored arrays by other code: plain sums over files."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def stored(name):
+    with np.load(ROOT / "data" / name, allow_pickle=False) as file:
+        return dict(file)
+
+
+def reported(name):
+    value = json.loads((ROOT / "reports" / "metrics.json").read_text("utf-8"))
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def accuracy(found):
+    """Of codes (N, V, J), 1 found, 0 not, 2 left out: each joint's share, then their mean."""
+    shares = []
+    for joint in np.moveaxis(found, -1, 0):
+        shares.append((joint == 1).sum() / (joint < 2).sum())
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "arrays"),
+    [
+        ("benchmark.original.hrnet", "original", "hrnet/found"),
+        ("benchmark.original.original_frozen", "original", "original_frozen/found"),
+        ("benchmark.original.repaired_frozen", "original", "repaired_frozen/found"),
+        ("benchmark.original.repaired_free", "original", "repaired_free/found"),
+        ("benchmark.original.hrnet_longer", "original", "hrnet_longer/found"),
+        ("benchmark.best.hrnet", "best", "hrnet/found"),
+        ("benchmark.best.repaired_frozen", "best", "repaired_frozen/found"),
+    ],
+)
+def test_accuracies_of_all_seeds(name, file, arrays):
+    seeds = stored(f"results/{file}.npz")[arrays]
+    each = [accuracy(found) for found in seeds]
+    assert reported(f"{name}.accuracy") == pytest.approx(np.mean(each), abs=1e-5)
+    if len(seeds) > 1 and "accuracy_by_seed" in reported(name):
+        assert reported(f"{name}.accuracy_by_seed") == pytest.approx(each, abs=1e-5)
+
+
+@pytest.mark.parametrize("point", ["original", "best", "strong"])
+@pytest.mark.parametrize("method", ["hrnet_flip", "robust_reprojected", "space", "space_tree", "space_parts"])
+def test_evidence_in_space(point, method):
+    space = stored("results/space.npz")
+    right = accuracy(space[f"{point}/{method}/found"])
+    assert reported(f"benchmark.{point}.{method}.accuracy") == pytest.approx(right, abs=1e-5)
+    mm = space[f"{point}/{method}/mm"].astype(float)
+    assert reported(f"benchmark.{point}.{method}.mpjpe_pooled_mm") == pytest.approx(mm[mm == mm].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "mark"), [("frozen_60", 60), ("frozen", 8800), ("free_600", 600), ("free_60", 60)])
+def test_readings(name, mark):
+    runs, reading, values = stored("results/readings.npz"), name.split("_")[0], []
+    for seed in range(10):
+        if f"{reading}/{seed}/fused" in runs:
+            at = runs[f"{reading}/{seed}/iterations"].tolist().index(mark)
+            values.append(runs[f"{reading}/{seed}/fused"][at])
+    assert reported(f"readings.{name}.fused") == pytest.approx(np.mean(values), abs=1e-5)
+    assert reported(f"readings.{name}.seeds") == len(values) and reported("readings.closest") == "frozen_60"
+
+
+@pytest.mark.parametrize("case", ["second_person", "every_view", "one_view", "as_calibrated"])
+@pytest.mark.parametrize("method", ["alone", "repaired", "space_tree"])
+def test_real_pictures(case, method):
+    found = stored("real/answers.npz")[f"{case}/{method}/found"]
+    assert reported(f"real.{case}.{method}.accuracy") == pytest.approx((found == 1).sum() / (found < 2).sum(), abs=1e-5)
+    assert reported(f"real.{case}.{method}.n") == (found < 2).sum()
