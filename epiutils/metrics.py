@@ -91,22 +91,32 @@ def joint_mean(values: np.ndarray) -> float:
 
 
 def bootstrap(
-    values: np.ndarray, against: np.ndarray | None = None, level: float = 0.95, draws: int = 1000, seed: int = 0
+    values: np.ndarray | list[np.ndarray],
+    against: np.ndarray | list[np.ndarray] | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of `joint_mean` over scenes drawn with replacement (Efron & Tibshirani 1993, 13.3).
 
     values: (N, ..., J), scenes lead: what belongs to a scene is drawn together.  against: another method's on the same
     scenes; the interval is then of the difference, values less against, each draw scoring both on the same scenes
-    (paired).  A draw in which nothing is counted is left out.
+    (paired).  Either may be a list of S arrays, one a training seed: the score is their mean, and each draw draws seeds
+    with replacement too, the same ones for two lists of equal length.  A draw in which nothing is counted is left out.
     Returns (low, high), nan where there is no other draw.  Raises ValueError without scenes, or where they differ.
     """
-    methods = [v for v in (values, against) if v is not None]
-    scenes = [len(v) for v in methods]
-    if min(scenes) != max(scenes) or not scenes[0]:
+    methods = [v if isinstance(v, list) else [v] for v in (values, against) if v is not None]
+    scenes = [len(v) for seeds in methods for v in seeds]
+    if not scenes or min(scenes) != max(scenes) or not scenes[0]:
         raise ValueError(f"each method needs values of the same scenes, at least one, got {scenes}")
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), draws).astype(float)  # (D, N)
-    scores = [_over_joints(*(weights @ sums for sums in _joint_sums(v))) for v in methods]  # of (D,)
+    drawn = lambda count: rng.multinomial(count, np.full(count, 1 / count), draws).astype(float)  # (D, count)
+    weights = drawn(scenes[0])
+    of_seeds = {count: drawn(count) / count if count > 1 else 1.0 for count in {len(seeds): None for seeds in methods}}
+    scores = []
+    for seeds in methods:
+        each = np.stack([_over_joints(*(weights @ sums for sums in _joint_sums(v))) for v in seeds], -1)  # (D, S)
+        scores.append((of_seeds[len(seeds)] * each).sum(-1))
     score = scores[0] if against is None else scores[0] - scores[1]
     score = score[~np.isnan(score)]
     if not len(score):

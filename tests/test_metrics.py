@@ -351,6 +351,19 @@ def test_the_seed_alone_decides():
     assert np.ptp(widths) < 0.15 * np.mean(widths)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_seeds_are_drawn_too_and_the_same_ones_for_two_methods(paired):
+    """Seeds far apart, scenes all alike: only the draw of the seeds is left, three of three, 27 draws in all."""
+    levels = np.array([0.1, 0.3, 0.8])
+    of_seeds = [np.full((6, 2, 4), level) for level in levels]
+    against = [np.full((6, 2, 4), level**2) for level in levels] if paired else [np.full((6, 2, 4), 0.2)]
+    exact = levels - (levels**2 if paired else 0.2)
+    exact = np.sort([exact[list(drawn)].mean() for drawn in itertools.product(range(3), repeat=3)])
+    low, high = bootstrap(of_seeds, against, 0.5, 20_000)
+    np.testing.assert_allclose((low, high), (exact[6], exact[20]))  # the quarters of 27
+    assert bootstrap(of_seeds[:1], against[:1]) == bootstrap(of_seeds[0], against[0])  # one seed says nothing of seeds
+
+
 def test_methods_without_scenes_or_of_other_scenes_are_refused():
     for wrong, message in (((outcomes(0), outcomes(0, scenes=29)), r"\[30, 29\]"), ((np.empty((0, 4, 5)),), r"\[0\]")):
         with pytest.raises(ValueError, match=f"the same scenes, at least one, got {message}"):

@@ -266,37 +266,39 @@ def triangulated(
 
 
 def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | list[float] | tuple[float, float]]:
-    """HRNet's accuracy, its 95 % interval over performances, and that of visible and of hidden joints.
+    """HRNet's accuracy, its 95 % interval over performances and seeds, and that of visible and of hidden joints.
 
     right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean, and where S > 1 also
     `accuracy_by_seed`.  visible: (N, V, J).
     """
     seeds = [joint_mean(one) for one in right] if np.ndim(right) == 4 else []
+    interval = bootstrap(_performances(right))
     right, visible = _over_seeds(right), np.asarray(visible)
     by_seed = {"accuracy_by_seed": seeds} if len(seeds) > 1 else {}
     return {
         "accuracy": joint_mean(right),
-        "accuracy_ci": bootstrap(_performances(right)),
+        "accuracy_ci": interval,
         "accuracy_visible": joint_mean(np.where(visible, right, np.nan)),
         "accuracy_occluded": joint_mean(np.where(visible, np.nan, right)),
     } | by_seed
 
 
 def effect(values: np.ndarray, against: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The difference of two methods' means on the same instants, and its paired 95 % interval over performances.
+    """The difference of two methods' means, and its paired 95 % interval over performances and seeds.
 
-    values, against: (N, …, J), or (S, N, V, J) of S seeds: then their mean.
+    values, against: on the same instants, (N, …, J), or (S, N, V, J) of S seeds; as many seeds are the same seeds.
     """
-    values, against = _over_seeds(values), _over_seeds(against)
     interval = bootstrap(_performances(values), _performances(against))
-    return joint_mean(values) - joint_mean(against), interval
+    return joint_mean(_over_seeds(values)) - joint_mean(_over_seeds(against)), interval
 
 
-def _performances(values: np.ndarray, instants: int = 3) -> np.ndarray:
+def _performances(values: np.ndarray, instants: int = 3) -> np.ndarray | list[np.ndarray]:
     """What is drawn together: the three instants of a performance are no three tests.  (N, …, J) → (N / 3, …, J).
 
-    What is missing to the last three is nan.  Fewer instants than four stand for themselves.
+    What is missing to the last three is nan.  Fewer instants than four stand for themselves.  Of (S, N, V, J) a list.
     """
+    if values.ndim == 4:
+        return [_performances(one) for one in values]
     if len(values) < instants + 1:
         return values
     filled = np.full((-len(values) % instants, *values.shape[1:]), np.nan)
