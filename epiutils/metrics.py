@@ -90,13 +90,7 @@ def joint_mean(values: np.ndarray) -> float:
     return float(_over_joints(*_joint_sums(values[None]))[0])
 
 
-def bootstrap(
-    values: np.ndarray | list[np.ndarray],
-    against: np.ndarray | list[np.ndarray] | None = None,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
+def bootstrap(values, against=None, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of `joint_mean` over scenes drawn with replacement (Efron & Tibshirani 1993, 13.3).
 
     values: (N, ..., J), scenes lead: what belongs to a scene is drawn together.  against: another method's on the same
@@ -113,16 +107,13 @@ def bootstrap(
     drawn = lambda count: rng.multinomial(count, np.full(count, 1 / count), draws).astype(float)  # (D, count)
     weights = drawn(scenes[0])
     of_seeds = {count: drawn(count) / count if count > 1 else 1.0 for count in {len(seeds): None for seeds in methods}}
-    scores = []
-    for seeds in methods:
-        each = np.stack([_over_joints(*(weights @ sums for sums in _joint_sums(v))) for v in seeds], -1)  # (D, S)
-        scores.append((of_seeds[len(seeds)] * each).sum(-1))
+    each = lambda v: _over_joints(*(weights @ sums for sums in _joint_sums(v)))  # (D,)
+    scores = [(of_seeds[len(seeds)] * np.stack([each(v) for v in seeds], -1)).sum(-1) for seeds in methods]
     score = scores[0] if against is None else scores[0] - scores[1]
     score = score[~np.isnan(score)]
     if not len(score):
         return float("nan"), float("nan")
-    low, high = np.quantile(score, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    return tuple(np.quantile(score, ((1 - level) / 2, (1 + level) / 2)).tolist())
 
 
 def _joint_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
