@@ -13,6 +13,7 @@ from epiutils.studies import runs
 from epiutils.studies.fitting import HeatmapPairs, train_pairs
 from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext, evaluate, train_frozen
+from epiutils.studies.stored import load_arrays, save_arrays
 
 SHAPE = (60, 80)
 
@@ -123,6 +124,25 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
     arguments = ["--points", "original", "--methods", "hrnet", "alone", "--out", str(tmp_path / "runs")]
     return asked, lambda *more: runs.main([*arguments, *more]), run
+
+
+def test_what_is_stored_is_small_and_comes_back(tmp_path):
+    given = {
+        "a/found": [1.0, 0.0, np.nan],
+        "a/dlt_mm": np.array([12.5, np.nan, np.inf]),
+        "a/seconds": 0.1,
+        "meta": {"n": 3},
+    }
+    save_arrays(tmp_path / "runs" / "x.npz", given)
+    with np.load(tmp_path / "runs" / "x.npz", allow_pickle=False) as file:
+        assert file["a/found"].tolist() == [1, 0, 2] and file["a/found"].dtype == np.uint8
+        assert file["a/dlt_mm"].dtype == np.float16
+    back = load_arrays(tmp_path / "runs" / "x.npz")
+    assert back["meta"] == {"n": 3} and back["a/seconds"] == 0.1
+    np.testing.assert_array_equal(back["a/found"], given["a/found"])
+    np.testing.assert_array_equal(back["a/dlt_mm"], [12.5, np.nan, 65504])
+    save_arrays(tmp_path / "again.npz", back)
+    np.testing.assert_equal(load_arrays(tmp_path / "again.npz"), back)
 
 
 def test_runs_are_packed_and_read_back_as_they_were(quick):

@@ -11,7 +11,6 @@ come from people that the backbone was trained on.  What each method finds is st
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from epiutils.data import people
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
-from epiutils.data.files import replacing
 from epiutils.data.views import BONES, Predicted
 from epiutils.fusion import RepairedFusion
 from epiutils.heatmaps import joints_mse, position_cross_entropy
@@ -37,6 +35,7 @@ from epiutils.studies.parts import Parts
 from epiutils.studies.predicted import CHECKPOINTS, choose, found_back, found_by, heatmaps_once, kept, triangulated
 from epiutils.studies.runs import TRAINING, stored_module, train_frozen
 from epiutils.studies.runs import load as load_runs
+from epiutils.studies.stored import load_arrays, save_arrays
 from epiutils.triangulate import triangulate
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "results" / "space.npz"
@@ -183,17 +182,12 @@ def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     "meta" says how it was made.
     """
     shown: dict[str, dict] = {}
-    with np.load(STORED, allow_pickle=False) as stored:
-        for name in stored.files:
-            if name == "meta":
-                shown[name] = json.loads(str(stored[name]))
-                continue
-            point, method, key = name.split("/")
-            values = stored[name].astype(np.float32)
-            shown.setdefault(point, {}).setdefault(method, {})[key] = (
-                np.where(values > 1, np.nan, values) if key == "found" else values
-            )
-    return shown
+    arrays = load_arrays(STORED)
+    meta = arrays.pop("meta")
+    for name, values in arrays.items():
+        point, method, key = name.split("/")
+        shown.setdefault(point, {}).setdefault(method, {})[key] = values
+    return shown | {"meta": meta}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -201,23 +195,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=main.__doc__)
     parser.add_argument("--points", nargs="*", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     parser.add_argument("--free", nargs="*", choices=CHECKPOINTS, default=[], help="also train these through space")
-    chosen, arrays = parser.parse_args(arguments), {}
-    if STORED.exists():
-        with np.load(STORED, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+    chosen, arrays = parser.parse_args(arguments), load_arrays(STORED) if STORED.exists() else {}
     asked = [
         (point, partial(_evaluated, point, flip), "_flip" * flip) for point in chosen.points for flip in (False, True)
     ]
     for point, evaluate, ending in [*asked, *((point, partial(_set_free, point), "") for point in chosen.free)]:
         for method, values in evaluate().items():
             name = f"{point}/{method}{ending}"
-            arrays[f"{name}/found"] = np.where(np.isnan(values["found"]), 2, values["found"]).astype(np.uint8)
-            arrays[f"{name}/mm"] = np.minimum(values["mm"], 65504).astype(np.float16)
+            arrays |= {f"{name}/{key}": of_key for key, of_key in values.items()}
             mm = float(np.nanmean(values["mm"]))
             print(f"{name}: {100 * np.nanmean(values['found']):.1f} % found, {mm:.1f} mm", flush=True)
         meta = {"command": "python -m epiutils.studies.evidence", "device": device_name(), "torch": torch.__version__}
-        with replacing(STORED) as part, part.open("wb") as file:
-            np.savez_compressed(file, **arrays | {"meta": json.dumps(meta)})
+        save_arrays(STORED, arrays | {"meta": meta})
     return 0
 
 

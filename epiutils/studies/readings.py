@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from epiutils.redirect import Pencil
 from epiutils.studies.causes import NormalEquations, Pairs, all_pairs, initial_weights, with_next
 from epiutils.studies.fitting import PAIRS
 from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once
+from epiutils.studies.stored import load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "data" / "results" / "readings.npz"
@@ -375,31 +375,21 @@ def _keep(path: Path, run: Run, test: Filmed, unfused: Tensor | None) -> None:
 
 def _store(path: Path, measured: dict, fused: np.ndarray, unfused: np.ndarray) -> None:
     """What was measured on the way, and which joints were found in the end in all test instants, (N, 4, J)."""
-    arrays = {key: np.asarray(values) for key, values in measured.items()}
-    for key, right in (("found", fused), ("found_unfused", unfused)):
-        arrays[key] = np.where(np.isnan(right), 2, right).astype(np.uint8).reshape(-1, 4, right.shape[-1])
-    arrays["meta"] = json.dumps({"device": device_name(), "torch": torch.__version__})
-    with replacing(path.with_suffix(".npz")) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    last = {key: 100 * arrays[key][-1] for key in ("fused", "unfused")}
-    print(
-        f"{path.name}: {last['fused']:.1f} % fused, {last['unfused']:.1f} unfused after {arrays['iterations'][-1]}",
-        flush=True,
-    )
+    right = {"found": fused, "found_unfused": unfused}
+    right = {key: found.reshape(-1, 4, found.shape[-1]) for key, found in right.items()}
+    meta = {"device": device_name(), "torch": torch.__version__}
+    save_arrays(path.with_suffix(".npz"), measured | right | {"meta": meta})
+    last, both = measured["iterations"][-1], (100 * measured[key][-1] for key in ("fused", "unfused"))
+    print("{}: {:.1f} % fused, {:.1f} unfused after {}".format(path.name, *both, last), flush=True)
 
 
 def _pack(folder: Path, stored: Path = STORED) -> None:
     """Put all runs of a folder into one file, beside what it has of others."""
-    arrays = {}
-    if stored.exists():
-        with np.load(stored, allow_pickle=False) as before:
-            arrays = {name: before[name] for name in before.files}
+    arrays = load_arrays(stored) if stored.exists() else {}
     for path in sorted(folder.glob("*.npz")):
         name, seed = path.stem.rsplit("-", 1)
-        with np.load(path, allow_pickle=False) as run:
-            arrays |= {f"{name}/{seed}/{key}": run[key] for key in run.files}
-    with replacing(stored) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        arrays |= {f"{name}/{seed}/{key}": values for key, values in load_arrays(path).items()}
+    save_arrays(stored, arrays)
 
 
 def load() -> dict[str, dict[str, np.ndarray]]:
@@ -409,17 +399,15 @@ def load() -> dict[str, dict[str, np.ndarray]]:
     were stopped earlier end earlier: all have as many iterations as the shortest.
     """
     runs: dict[str, dict[str, list]] = {}
-    with np.load(STORED, allow_pickle=False) as stored:
-        for full in sorted(stored.files):
-            name, _, key = full.split("/")
-            runs.setdefault(name, {}).setdefault(key, []).append(stored[full])
+    for full, values in sorted(load_arrays(STORED).items()):
+        name, _, key = full.split("/")
+        runs.setdefault(name, {}).setdefault(key, []).append(values)
     shown = {}
     for name, values in runs.items():
         marks = min(values["iterations"], key=len)
         rows = {key: np.stack([v[: len(marks)] for v in values[key]]) for key in ("fused", "unfused", "weights")}
-        right = {key: np.stack(values[key]).astype(np.float32) for key in ("found", "found_unfused")}
-        right = {key: np.where(v > 1, np.nan, v) for key, v in right.items()}
-        shown[name] = {"iterations": marks, "meta": json.loads(str(values["meta"][0]))} | rows | right
+        right = {key: np.stack(values[key]) for key in ("found", "found_unfused")}
+        shown[name] = {"iterations": marks, "meta": values["meta"][0]} | rows | right
     return {name: shown[name] for name in READINGS if name in shown}
 
 

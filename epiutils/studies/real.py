@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from epiutils.data.bodies import grown
 from epiutils.data.dataset import Benchmark
-from epiutils.data.files import replacing
 from epiutils.data.recordings import Recording, read_recording, realigned
 from epiutils.data.views import JOINTS, View
 from epiutils.fusion import RepairedFusion
@@ -33,6 +32,7 @@ from epiutils.redirect import Pencil
 from epiutils.space import Body, Calibration, poses
 from epiutils.studies.evidence import repaired
 from epiutils.studies.predicted import peaks
+from epiutils.studies.stored import load_arrays, save_arrays
 from epiutils.triangulate import project, triangulate_robust
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "real" / "balancing.npz"
@@ -156,8 +156,7 @@ def _difference(image: np.ndarray, other: np.ndarray, at: np.ndarray) -> np.ndar
 
 def load() -> dict[str, np.ndarray]:
     """What `gather` gave, as it is stored; maps in eight bits."""
-    with np.load(STORED, allow_pickle=False) as stored:
-        return dict(stored)
+    return load_arrays(STORED)
 
 
 def cases(data: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -269,12 +268,9 @@ def _robust(maps: Tensor, P: np.ndarray) -> np.ndarray:
 def load_answers() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """The stored `answers` by case and method, and beside the methods "frame" (N',) of each case."""
     shown: dict[str, dict] = {}
-    with np.load(ANSWERS, allow_pickle=False) as stored:
-        for full in stored.files:
-            case, method, key = full.split("/")
-            values = stored[full].astype(np.float32)
-            values = np.where(values > 1, np.nan, values) if key == "found" else values
-            shown.setdefault(case, {}).setdefault(method, {})[key] = values
+    for name, values in load_arrays(ANSWERS).items():
+        case, method, key = name.split("/")
+        shown.setdefault(case, {}).setdefault(method, {})[key] = values
     return shown
 
 
@@ -284,11 +280,8 @@ def _answer(data: dict[str, np.ndarray]) -> None:
     for name, case in tqdm(cases(data).items(), unit="case"):
         arrays[f"{name}/case/frame"] = case["frame"]
         for method, of in answers(case, repaired("best"), calibration, grown("COCO_17")).items():
-            arrays[f"{name}/{method}/found"] = np.where(np.isnan(of["found"]), 2, of["found"]).astype(np.uint8)
-            if "mm" in of:
-                arrays[f"{name}/{method}/mm"] = of["mm"].astype(np.float16)
-    with replacing(ANSWERS) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+            arrays |= {f"{name}/{method}/{key}": values for key, values in of.items()}
+    save_arrays(ANSWERS, arrays)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -300,8 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gathered = gather(chosen.single, chosen.second)
-    with replacing(STORED) as part, part.open("wb") as file:
-        np.savez_compressed(file, **gathered)
+    save_arrays(STORED, gathered)
     _answer(gathered)
     return 0
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
-from epiutils.data.files import replacing
 from epiutils.data.views import Predicted
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.heatmaps import joints_mse
@@ -52,11 +51,11 @@ from epiutils.studies.predicted import (
     training_pictures,
     triangulated,
 )
+from epiutils.studies.stored import load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results"
 SEEDS = 5
-_FARTHEST = 65504.0  # mm, where half precision ends: as wrong as a joint can be stored
 TRAINING = slice(0, 840, 8)  # of subject 1, for modules on frozen heatmaps
 
 
@@ -217,18 +216,13 @@ def load(point: str) -> dict[str, dict[str, np.ndarray]]:
 
     "meta" says how they were made.  Raises FileNotFoundError where nothing is stored.
     """
-    path = RESULTS / f"{point}.npz"
     methods: dict[str, dict] = {}
-    with np.load(path, allow_pickle=False) as stored:
-        for name in set(stored.files) - {"meta"}:
-            method, key = name.split("/")
-            values = stored[name]
-            if key.startswith("found"):
-                values = np.where(values > 1, np.nan, values.astype(np.float32))
-            if key.endswith("_mm"):
-                values = np.minimum(values.astype(np.float64), _FARTHEST)
-            methods.setdefault(method, {})[key] = values
-        return methods | {"meta": json.loads(str(stored["meta"]))}
+    arrays = load_arrays(RESULTS / f"{point}.npz")
+    meta = arrays.pop("meta")
+    for name, values in arrays.items():
+        method, key = name.split("/")
+        methods.setdefault(method, {})[key] = values.astype(np.float64) if key.endswith("_mm") else values
+    return methods | {"meta": meta}
 
 
 def originals(
@@ -289,29 +283,16 @@ def stored_module(weights: np.ndarray) -> RepairedFusion:
     return module.requires_grad_(False)
 
 
-def _keep(path: Path, result: dict) -> None:
-    arrays = {key: np.asarray(value) for key, value in result.items()}
-    for key, values in arrays.items():
-        if key.startswith("found"):
-            arrays[key] = np.where(np.isnan(values), 2, values).astype(np.uint8)
-        elif key.endswith("_mm"):
-            arrays[key] = np.minimum(values, _FARTHEST).astype(np.float16)
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
 def _pack(point: str, folder: Path, seeds: int) -> None:
     """Put the methods of which all these seeds are there into the file of their point, beside what it has of others."""
-    path, arrays = RESULTS / f"{point}.npz", {}
-    if path.exists():
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in stored.files if name != "meta"}
+    path = RESULTS / f"{point}.npz"
+    arrays = load_arrays(path) if path.exists() else {}
     for method in METHODS:
         paths = [folder / f"{point}-{method}-{seed}.npz" for seed in _seeds(point, method, seeds)]
         before = {name for name in arrays if name.split("/")[0] == method}
         if not paths or not all(map(Path.exists, paths)) or any(len(arrays[name]) > len(paths) for name in before):
             continue
-        each = [dict(np.load(path)) for path in paths]
+        each = [load_arrays(path) for path in paths]
         arrays = {name: values for name, values in arrays.items() if name not in before}
         arrays |= {f"{method}/{key}": np.stack([one[key] for one in each]) for key in each[0]}
     meta = {
@@ -320,8 +301,7 @@ def _pack(point: str, folder: Path, seeds: int) -> None:
         "torch": torch.__version__,
         "seeds": seeds,
     }
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays, meta=json.dumps(meta))
+    save_arrays(path, arrays | {"meta": meta})
 
 
 METHODS = ("hrnet", *PAIRED, *TOGETHER, *FREE, "quality")
@@ -352,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if path.exists():
                     continue
                 result = _run(point, method, seed)
-                _keep(path, result)
+                save_arrays(path, result)
                 said = f", accuracy {100 * joint_mean(result['found']):5.1f} %" if "found" in result else ""
                 print(f"{point:9s} {method:31s} seed {seed}{said}", flush=True)
         _pack(point, chosen.out, chosen.seeds)
