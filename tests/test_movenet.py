@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from epiutils.data.bodies import JOINTS
 from epiutils.data.dataset import CACHE, Benchmark
 from epiutils.networks import movenet
-from epiutils.networks.movenet import Graph, MoveNet, aligned
+from epiutils.networks.movenet import MoveNet, aligned
 
 PEAKS = [[28, 12], [39, 17], [29, 16], [40, 34], [32, 33]]  # px of the map
 HEIGHTS = [0.6281, 0.7961, 0.7047, 0.8202, 0.7391]
@@ -39,7 +40,7 @@ def graph(nodes, constants, last="out"):
         raw += values.astype(np.int32 if whole else np.float16).tobytes()
         nodes = [*nodes, {"name": name, "op": "Const"}]
     manifest = [{"paths": ["x.bin"], "weights": weights}]
-    return Graph({"modelTopology": {"node": nodes}, "weightsManifest": manifest}, raw, "in", last)
+    return movenet._Graph({"modelTopology": {"node": nodes}, "weightsManifest": manifest}, raw, "in", last)
 
 
 def literal(x, weight, stride, bias=0.0):
@@ -111,7 +112,7 @@ def test_the_published_network_finds_what_it_found_before():
     with torch.no_grad():
         maps = MoveNet()(np.stack([view.image for view in Benchmark("test")[3][:2]]))
     assert maps.shape == (2, 17, 64, 64) and 0 <= maps.min() < maps.max() <= 1
-    some = [movenet.COCO.index(name) for name in ("nose", "lsho", "rsho", "lhip", "rhip")]
+    some = [JOINTS["COCO_17"].index(name) for name in ("nose", "lsho", "rsho", "lhip", "rhip")]
     height, place = maps[0, some].flatten(1).max(1)
     np.testing.assert_array_equal(np.stack([place % 64, place // 64], 1), PEAKS)
     np.testing.assert_allclose(height, HEIGHTS, atol=2e-3)

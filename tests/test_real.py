@@ -5,29 +5,18 @@ import pytest
 import torch
 
 from epiutils.data.bodies import grown
-from epiutils.data.dataset import Benchmark
-from epiutils.data.views import heatmap_fundamentals
 from epiutils.space import Calibration
 from epiutils.studies import evidence, real
 
 
 @pytest.fixture(scope="module")
 def data():
-    return real.load()
+    return real.load()[0]
 
 
 @pytest.fixture(scope="module")
 def cases(data):
     return real.cases(data)
-
-
-def test_fundamental_matrices_are_those_of_the_cameras():
-    cameras = [view.camera for view in Benchmark("test")[2]]
-    given, expected = real.fundamentals(np.stack([c.P for c in cameras])[None])[0], heatmap_fundamentals(cameras)
-    for s, r in np.ndindex(4, 4):
-        if s != r:
-            F = given[s, r].numpy() * np.sign((given[s, r].numpy() * expected[s, r]).sum())
-            np.testing.assert_allclose(F, expected[s, r] / np.linalg.norm(expected[s, r]), atol=1e-9)
 
 
 def test_the_stored_cameras_see_the_pseudo_truth_where_openpose_saw_it(data):
@@ -41,15 +30,16 @@ def test_what_is_asked_lies_under_the_patch_or_differs(data, cases):
     assert set(cases) == {"unhidden", "second_person", "every_view", "one_view", "two_sources", "as_calibrated"}
     one = cases["one_view"]
     assert not one["asked"][:, 1:].any() and one["asked"][:, 0].sum() > 200
-    for n in range(0, len(one["maps"]), 7):
+    seen = one["seen"]
+    for n in range(0, len(seen), 7):
         r, frame = n // 33, int(one["frame"][n])
         for v in range(1, 4):  # the sources are clean, in the order of the cameras
-            np.testing.assert_array_equal(one["maps"][n, v], data["clean"][frame, (r + v) % 4])
+            np.testing.assert_array_equal(seen.output[n, v], data["clean"][frame, (r + v) % 4])
         boxes = data["boxes"][frame, r] / 4
         for j in np.flatnonzero(one["asked"][n, 0]):
-            x, y = one["at"][n, 0, j]
+            x, y = seen.joints[n, 0, j] / 4
             assert any(l <= x <= right and t <= y <= b for l, t, right, b in boxes)
-    assert cases["two_sources"]["maps"].shape[1] == 3
+    assert cases["two_sources"]["seen"].output.shape[1] == 3
     assert (data["differs"][cases["second_person"]["asked"]] > 20).all()
 
 
@@ -58,13 +48,13 @@ def test_answers_follow_from_the_stored_maps(data, cases, name):
     """A few instants asked anew: by all methods as stored, and alone by a literal arg-max."""
     few = {key: values[4:7] for key, values in cases[name].items()}
     calibration = Calibration(*map(float, data["calibration"]))
-    given = real.answers(few, evidence.repaired("best"), calibration, grown("COCO_17"))
-    stored = real.load_answers()[name]
+    given = real._answers(few, evidence.repaired("best"), calibration, grown("COCO_17"))
+    stored = real.load()[1][name]
     for method, answer in given.items():
         np.testing.assert_array_equal(answer["found"], stored[method]["found"][4:7], err_msg=method)
     for n, v, j in np.argwhere(few["asked"]):
-        y, x = np.unravel_index(few["maps"][n, v, j].argmax(), (64, 64))
-        near = np.hypot(*(np.array((x, y)) - few["at"][n, v, j])) < 3.2
+        y, x = np.unravel_index(int(few["seen"].output[n, v, j].argmax()), (64, 64))
+        near = np.hypot(*(np.array((x, y)) - few["seen"].joints[n, v, j].numpy() / 4)) < 3.2
         assert given["alone"]["found"][n, v, j] == near
 
 

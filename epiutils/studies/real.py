@@ -22,35 +22,30 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from epiutils.data.bodies import grown
+from epiutils.cameras import Camera
+from epiutils.data import bodies
 from epiutils.data.dataset import Benchmark
 from epiutils.data.recordings import Recording, read_recording, realigned
-from epiutils.data.views import JOINTS, View
+from epiutils.data.views import JOINTS, Predicted, heatmap_fundamentals
 from epiutils.fusion import RepairedFusion
-from epiutils.networks.movenet import COCO, MoveNet, aligned
+from epiutils.networks.movenet import MoveNet, aligned
 from epiutils.redirect import Pencil
-from epiutils.space import Body, Calibration, poses
+from epiutils.space import Body, Calibration, along_bones, modes, near_best
 from epiutils.studies.evidence import repaired
-from epiutils.studies.predicted import peaks
+from epiutils.studies.predicted import triangulated
 from epiutils.studies.stored import load_arrays, save_arrays
 from epiutils.triangulate import project, triangulate_robust
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "real" / "balancing.npz"
 ANSWERS = STORED.with_name("answers.npz")
+COCO = bodies.JOINTS["COCO_17"]
 BODY = range(5, 17)  # of COCO: shoulders to ankles
 PATCHES = ("grey", "noise", "texture")
 NEAR = 3.2  # heatmap px within which a joint is found, as in HRNet's accuracy
 
 
-def gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
-    """Heatmaps of every `step`-th frame, unhidden, patched and behind the second person, and what is true there.
-
-    clean (N, V, J, 64, 64), patched (N, V, 3, J, 64, 64) and second (N, V, J, 64, 64), eight bits, 255 for 1, of COCO's
-    joints; boxes (N, V, 3, 4) of the patches and differs (N, V, J), how far a picture with the second person is from the
-    one without at each joint; K, R, t of the cameras as realigned, with maps at every fourth pixel, shifts (V, 2) px of
-    the pictures, K_calibrated before that; X (N, J, 3) metres, and residual (N, V, J) px of the input, of the pseudo-truth;
-    calibration (3,), of `Calibration`.
-    """
+def _gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """Heatmaps of every `step`-th frame, and what is true there, as `load` gives them."""
     network, rng = MoveNet(), np.random.default_rng(seed)
     calibrated = recording = read_recording(single)
     cameras, shifts = realigned(recording.cameras, recording.detections)
@@ -68,7 +63,7 @@ def gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str, 
         patched, boxes = zip(
             *(_patched(view.image, at[list(BODY)], rng) for view, at in zip(views, truth, strict=True))
         )
-        hidden = [other.picture(frame, view) for other, view in zip(others, views, strict=True)]
+        hidden = [other.picture(frame) for other in others]
         images = np.stack([view.image for view in views])
         maps = [_seen(network, images), _seen(network, np.concatenate(patched)), _seen(network, np.stack(hidden))]
         row = {"clean": maps[0], "patched": maps[1].reshape(len(views), 3, *maps[1].shape[1:]), "second": maps[2]}
@@ -126,8 +121,8 @@ class _Second:
         self.video.set(cv2.CAP_PROP_POS_FRAMES, number)
         return cv2.cvtColor(self.video.read()[1], cv2.COLOR_BGR2RGB)
 
-    def picture(self, frame: int, view: View) -> np.ndarray:
-        """What the view would show with the second person in it."""
+    def picture(self, frame: int) -> np.ndarray:
+        """What the view of a frame would show with the second person in it."""
         camera, t = self.recording.cameras[self.v], int(np.flatnonzero(self.recording.frames == frame)[0])
         image = cv2.warpAffine(self._frame(frame + 1), self.A, camera.size, flags=cv2.INTER_LINEAR)
         return self.recording.crop(self.v, t, image).image
@@ -154,86 +149,95 @@ def _difference(image: np.ndarray, other: np.ndarray, at: np.ndarray) -> np.ndar
     return off[y, x]
 
 
-def load() -> dict[str, np.ndarray]:
-    """What `gather` gave, as it is stored; maps in eight bits."""
-    return load_arrays(STORED)
+def load() -> tuple[dict[str, np.ndarray], dict[str, dict[str, dict[str, np.ndarray]]]]:
+    """What is stored of the pictures, and what each method answers in each of the `cases`.
+
+    The first: clean (N, V, J, 64, 64), patched (N, V, 3, J, 64, 64) and second (N, V, J, 64, 64), MoveNet's heatmaps of
+    every third frame, unhidden, patched and behind the second person, in eight bits, 255 for 1, of COCO's joints; boxes
+    (N, V, 3, 4) of the patches and differs (N, V, J), how far a picture with the second person is from the one without
+    at each joint; K, R, t of the cameras as realigned, with maps at every fourth pixel, shifts (V, 2) px of the
+    pictures, K_calibrated before that; X (N, J, 3) metres, and residual (N, V, J) px of the input, of the pseudo-truth;
+    calibration (3,), of `Calibration`.  The second, by case and method: found (N', V', J), nan where nobody asks, and
+    mm (N', J) from the pseudo-truth; and beside the methods of a case its "frame" (N',).
+    """
+    shown: dict[str, dict] = {}
+    for name, values in load_arrays(ANSWERS).items():
+        case, method, key = name.split("/")
+        shown.setdefault(case, {}).setdefault(method, {})[key] = values
+    return load_arrays(STORED), shown
 
 
-def cases(data: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def cases(data: dict[str, np.ndarray]) -> dict[str, dict[str, Predicted | np.ndarray]]:
     """The questions that are asked, each of N' instants of V' views.
 
-    maps (N', V', J, 64, 64) eight bits; P (N', V', 3, 4) px of the input; X (N', J, 3); asked (N', V', J), the joints
-    that the question is about; frame (N',), whose frame it is.  "unhidden": all joints; "one_view": the first view is
-    patched, the others are clean; "two_sources": the same with two others; "every_view": all are patched;
-    "second_person": all views as they are behind the second person; "as_calibrated": "one_view" before realignment.
+    seen: what MoveNet sees there, in eight bits, and the pseudo-truth; asked (N', V', J), the joints that the question
+    is about; frame (N',), whose frame it is.  "unhidden": all joints; "one_view": the first view is patched, the others
+    are clean; "two_sources": the same with two others; "every_view": all are patched; "second_person": all views as
+    they are behind the second person; "as_calibrated": "one_view" before realignment.
     """
-    P = data["K"] @ np.concatenate([data["R"], data["t"][..., None]], -1)
-    nominal = data["K_calibrated"] @ np.concatenate([data["R"], data["t"][..., None]], -1)
-    frames, views = np.arange(len(P)), P.shape[1]
-    at = project(data["X"], P[:, None]).swapaxes(1, 2) / 4  # (N, V, J, 2) px of the map
+    kinds, views = len(PATCHES), data["K"].shape[1]
+    frames, unhidden, nominal = np.arange(len(data["K"])), _seen_as(data, "K"), _seen_as(data, "K_calibrated")
+    at = unhidden.joints.numpy() / 4  # (N, V, J, 2) px of the map
     known = (data["residual"] / 4 < 1.6).sum(1, keepdims=True) >= 3
     known = known & ((at >= 0) & (at <= 63)).all(-1) & np.isin(np.arange(at.shape[2]), BODY)
     boxes = data["boxes"][:, :, :, None] / 4  # (N, V, K, 1, 4)
     inside = ((at[:, :, None] >= boxes[..., :2]) & (at[:, :, None] <= boxes[..., 2:])).all(-1) & known[:, :, None]
-    made = {"unhidden": {"maps": data["clean"], "P": P, "asked": known, "frame": frames}}
-    made["second_person"] = {"maps": data["second"], "P": P, "asked": known & (data["differs"] > 20), "frame": frames}
-    kinds = len(PATCHES)
-    each = {"maps": data["patched"].swapaxes(1, 2).reshape(-1, *data["patched"].shape[1:2], *data["patched"].shape[3:])}
-    each |= {"P": P.repeat(kinds, 0), "asked": inside.swapaxes(1, 2).reshape(-1, *known.shape[1:])}
-    made["every_view"] = each | {"frame": frames.repeat(kinds)}
-    for name, sources, cameras in (("one_view", 3, P), ("two_sources", 2, P), ("as_calibrated", 3, nominal)):
-        parts = []
-        for r in range(views):
-            order = [(r + k) % views for k in range(sources + 1)]
-            k = (frames + r) % kinds  # each frame and view has one of the patches
-            maps, asked = data["clean"][:, order].copy(), np.zeros_like(known[:, order])
-            maps[:, 0], asked[:, 0] = data["patched"][frames, r, k], inside[frames, r, k]
-            parts.append({"maps": maps, "P": cameras[:, order], "true": P[:, order], "asked": asked, "frame": frames})
-        made[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    for case in made.values():
-        case["X"] = data["X"][case["frame"]]
-        case["at"] = project(case["X"], case.get("true", case["P"])[:, None]).swapaxes(1, 2) / 4
+    patched = torch.from_numpy(data["patched"])  # (N, V, K, J, h, w)
+    second = replace(unhidden, output=torch.from_numpy(data["second"]))
+    every = replace(unhidden[frames.repeat(kinds)], output=patched.swapaxes(1, 2).flatten(0, 1))
+    made = {
+        "unhidden": {"seen": unhidden, "asked": known, "frame": frames},
+        "second_person": {"seen": second, "asked": known & (data["differs"] > 20), "frame": frames},
+        "every_view": {"seen": every, "asked": np.concatenate(inside.swapaxes(1, 2)), "frame": frames.repeat(kinds)},
+    }
+    for name, sources, base in (("one_view", 3, unhidden), ("two_sources", 2, unhidden), ("as_calibrated", 3, nominal)):
+        order = [[(r + k) % views for k in range(sources + 1)] for r in range(views)]
+        of_all = {field: torch.cat([getattr(base.of_views(some), field) for some in order]) for field in _SEEN}
+        n, r = np.tile(frames, views), np.arange(views).repeat(len(frames))
+        k, asked = (n + r) % kinds, np.zeros((len(n), sources + 1, at.shape[2]), bool)  # a frame and view has one patch
+        of_all["output"][:, 0], asked[:, 0] = patched[n, r, k], inside[n, r, k]
+        made[name] = {"seen": Predicted(**of_all), "asked": asked, "frame": n}
     return made
 
 
-def fundamentals(P: np.ndarray) -> Tensor:
-    """F (N, V, V, 3, 3) in px of the maps from cameras P (N, V, 3, 4) of the inputs (Hartley & Zisserman 9.1)."""
-    P = np.diag([0.25, 0.25, 1]) @ P
-    centre = -np.linalg.solve(P[..., :3], P[..., 3:])  # (N, V, 3, 1)
-    F = np.zeros((*P.shape[:2], P.shape[1], 3, 3))
-    for s, r in np.ndindex(P.shape[1], P.shape[1]):
-        if s != r:
-            e = (P[:, r, :, :3] @ centre[:, s] + P[:, r, :, 3:])[..., 0]  # the source's centre as the reference sees it
-            cross = np.cross(np.eye(3), e[:, None, :])  # [e]× up to its sign
-            F[:, s, r] = cross @ P[:, r, :, :3] @ np.linalg.inv(P[:, s, :, :3])
-    return torch.from_numpy(F / np.linalg.norm(F, axis=(-2, -1), keepdims=True).clip(1e-12))
+_SEEN = ("output", "F", "K", "R", "t", "joints", "joints_3d")
+
+
+def _seen_as(data: dict[str, np.ndarray], K: str) -> Predicted:
+    """The clean maps of all views, with these cameras, and where the pseudo-truth is as the realigned ones see it."""
+    rigs = [[Camera(*one) for one in zip(*rig, strict=True)] for rig in zip(data[K], data["R"], data["t"], strict=True)]
+    P = data["K"] @ np.concatenate([data["R"], data["t"][..., None]], -1)
+    joints = project(data["X"], P[:, None]).swapaxes(1, 2)  # (N, V, J, 2) px of the input
+    given = (data["clean"], np.stack([*map(heatmap_fundamentals, rigs)]), data[K], data["R"], data["t"], joints)
+    return Predicted(**dict(zip(_SEEN, map(torch.from_numpy, (*given, data["X"])), strict=True)))
 
 
 @torch.no_grad()
-def answers(
-    case: dict[str, np.ndarray], module: RepairedFusion, calibration: Calibration, body: Body, batch: int = 11
+def _answers(
+    case: dict[str, Predicted | np.ndarray],
+    module: RepairedFusion,
+    calibration: Calibration,
+    body: Body,
+    batch: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What each method answers: found (N', V', J), nan where nobody asks, and mm (N', J) from the pseudo-truth in space."""
+    """What each method answers, as `load` gives it."""
     right: dict[str, list] = {}
     away: dict[str, list] = {}
-    for first in range(0, len(case["maps"]), batch):
-        some = {key: values[first : first + batch] for key, values in case.items()}
-        maps, P = torch.from_numpy(some["maps"]).float() / 255, some["P"]
-        fused = _fused(maps, fundamentals(P), module)
-        X = {name: _robust(fused[name], P) for name in ("alone", "repaired")}
-        X |= {
-            "robust_reprojected": X["alone"],
-            "space": poses(maps, torch.from_numpy(P).float(), calibration).double().numpy(),
-        }
-        X["space_tree"] = poses(maps, torch.from_numpy(P).float(), calibration, body).double().numpy()
+    for first in range(0, len(case["seen"]), batch):
+        some, asked = (case[key][first : first + batch] for key in ("seen", "asked"))
+        maps, P = some.output.float() / 255, some.P
+        fused, found = _fused(maps, some.F, module), modes(maps, P.float(), calibration)
+        X = {name: triangulated(None, replace(some, output=fused[name]))[1]["robust"] for name in ("alone", "repaired")}
+        X |= {"robust_reprojected": X["alone"], "space": near_best(found, found.share).double().numpy()}
+        X["space_tree"] = near_best(found, along_bones(found, body)).double().numpy()
         pixels = {name: _argmax(at) for name, at in fused.items()}
         for name in X.keys() - fused.keys():
-            pixels[name] = np.rint(project(X[name], P[:, None]).swapaxes(1, 2) / 4)
+            pixels[name] = np.rint(project(X[name], P.numpy()[:, None]).swapaxes(1, 2) / 4)
         for name, at in pixels.items():
-            off = np.linalg.norm(at - some["at"], axis=-1)
-            right.setdefault(name, []).append(np.where(some["asked"], off < NEAR, np.nan))
+            off = np.linalg.norm(at - some.joints.numpy() / 4, axis=-1)
+            right.setdefault(name, []).append(np.where(asked, off < NEAR, np.nan))
             if name in X:
-                away.setdefault(name, []).append(1000 * np.linalg.norm(X[name] - some["X"], axis=-1))
+                away.setdefault(name, []).append(1000 * np.linalg.norm(X[name] - some.joints_3d.numpy(), axis=-1))
     made = {name: {"found": np.concatenate(each)} for name, each in right.items()}
     return {name: of | ({"mm": np.concatenate(away[name])} if name in away else {}) for name, of in made.items()}
 
@@ -259,44 +263,29 @@ def _argmax(maps: Tensor) -> np.ndarray:
     return torch.stack([place % maps.shape[-1], place // maps.shape[-1]], -1).double().numpy()
 
 
-def _robust(maps: Tensor, P: np.ndarray) -> np.ndarray:
-    """The peaks of fused maps, triangulated robustly: (N, J, 3)."""
-    x, heights = (np.stack(each) for each in zip(*(peaks(one) for one in maps), strict=True))
-    return triangulate_robust(x, P[:, None], heights.clip(1e-3))[0]
-
-
-def load_answers() -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """The stored `answers` by case and method, and beside the methods "frame" (N',) of each case."""
-    shown: dict[str, dict] = {}
-    for name, values in load_arrays(ANSWERS).items():
-        case, method, key = name.split("/")
-        shown.setdefault(case, {}).setdefault(method, {})[key] = values
-    return shown
-
-
 def _answer(data: dict[str, np.ndarray]) -> None:
     """Ask all cases, and store the answers."""
     arrays, calibration = {}, Calibration(*map(float, data["calibration"]))
     for name, case in tqdm(cases(data).items(), unit="case"):
         arrays[f"{name}/case/frame"] = case["frame"]
-        for method, of in answers(case, repaired("best"), calibration, grown("COCO_17")).items():
+        for method, of in _answers(case, repaired("best"), calibration, bodies.grown("COCO_17")).items():
             arrays |= {f"{name}/{method}/{key}": values for key, values in of.items()}
     save_arrays(ANSWERS, arrays)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _main(arguments: list[str] | None = None) -> int:
     """Store what MoveNet sees of both recordings."""
-    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.real", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.real", description=_main.__doc__)
     parser.add_argument("single", help="folder of the recording of one person, with its detections")
     parser.add_argument("second", help="folder of the same with the second person")
     chosen = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        gathered = gather(chosen.single, chosen.second)
+        gathered = _gather(chosen.single, chosen.second)
     save_arrays(STORED, gathered)
     _answer(gathered)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())
