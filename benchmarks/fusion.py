@@ -42,8 +42,6 @@ from epiutils.triangulate import triangulate_robust
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")
 MODULES = {name: TOGETHER[name][0] for name in RIVALS} | {"original_frozen": lambda: WithNext(OriginalFusion())}
-
-
 PARTS = ("iteration", "modules", "space")
 
 

@@ -19,11 +19,11 @@ FOLLOWING = [((v + 1) % 4, v) for v in range(4)]
 
 @pytest.fixture(scope="module")
 def lesson():
-    return readings.Filmed("train", SCENES, PAIRS, "cpu")
+    return readings._Filmed("train", SCENES, PAIRS, "cpu")
 
 
 def test_free_reading_takes_the_steps_of_the_plain_loop(lesson):
-    run = readings.Run("free", 1, lesson)
+    run = readings._Run("free", 1, lesson)
     for _ in range(2):
         run.step()
     torch.manual_seed(1)
@@ -38,7 +38,7 @@ def test_free_reading_takes_the_steps_of_the_plain_loop(lesson):
 
 def test_frozen_reading_is_that_of_stored_heatmaps(lesson):
     network = load_checkpoint(CHECKPOINTS["original"]).eval()
-    run = readings.Run("frozen", 2, lesson, readings._seen(network, lesson.images))
+    run = readings._Run("frozen", 2, lesson, readings._seen(network, lesson.images))
     for _ in range(4):
         run.step()
     scenes = torch.utils.data.Subset(Benchmark("train"), SCENES)
@@ -47,15 +47,17 @@ def test_frozen_reading_is_that_of_stored_heatmaps(lesson):
     train_pairs(module, HeatmapPairs(predict(network, MultiView(scenes))), 4, seed=2)
     np.testing.assert_allclose(run.fusion.weight.detach(), module.weight.detach(), atol=2e-6)
 
-    test = readings.Filmed("train", SCENES, FOLLOWING, "cpu")
+    test = readings._Filmed("train", SCENES, FOLLOWING, "cpu")
     fused, alone = (f.reshape(-1, 4, 17) for f in run.found(test))
     predicted = predict(network, MultiView(scenes))
     np.testing.assert_array_equal(alone, found_by(None, predicted))
     np.testing.assert_array_equal(fused, found_by(WithNext(run.fusion), predicted))
+    few = [f.reshape(-1, 4, 17) for f in run.found(test.every(2))]  # of the first instant
+    np.testing.assert_array_equal(few, [fused[::2], alone[::2]])
 
 
 def test_run_taken_up_ends_as_an_unbroken_one(lesson):
-    whole, broken, later = (readings.Run("hold", 3, lesson) for _ in range(3))
+    whole, broken, later = (readings._Run("hold", 3, lesson) for _ in range(3))
     for run, steps in ((whole, 3), (broken, 2)):
         for _ in range(steps):
             run.step()
@@ -68,7 +70,7 @@ def test_run_taken_up_ends_as_an_unbroken_one(lesson):
 
 @pytest.mark.parametrize(("name", "backbone"), [("hold", 0.0), ("slow", 0.1), ("warmup", 1 / 500), ("free", 1.0)])
 def test_what_heals_holds_the_backbone_back(lesson, name, backbone):
-    run = readings.Run(name, 0, lesson)
+    run = readings._Run(name, 0, lesson)
     before = [p.detach().clone() for p in run.network.parameters()]
     nine = run.fusion.weight.detach().clone()
     run.step()

@@ -32,15 +32,18 @@ _NETWORKS = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}
 
 
 def pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+    """`maps_loss` of what a network sees in a batch of `MultiView`."""
+    return maps_loss(network(normalise(batch["image"])).unflatten(0, batch["image"].shape[:2]), batch, done)
+
+
+def maps_loss(maps: Tensor, batch: dict[str, Tensor], done: float) -> Tensor:
     """HRNet's JointsMSE, and a cross-entropy over positions whose weight falls to zero as the training goes on.
 
     The MSE alone, from scratch, rests on all-zero maps for hundreds of steps; the cross-entropy leaves them at
-    once and has its least value at the same maps.
+    once and has its least value at the same maps.  maps: (B, V, J, h, w).  done: 0 to 1, of the training.
     """
-    output = network(normalise(batch["image"]))  # (B·V, J, h, w)
-    target, weight = batch["target"].flatten(0, 1), batch["weight"].flatten(0, 1)
-    fades = 0.5 * (1 + math.cos(math.pi * done))
-    return 100 * joints_mse(output, target, weight) + 0.5 * fades * position_cross_entropy(output, target, weight)
+    truth, fades = (batch["target"], batch["weight"]), 0.5 * (1 + math.cos(math.pi * done))
+    return 100 * joints_mse(maps, *truth) + 0.5 * fades * position_cross_entropy(maps, *truth)
 
 
 def train_pose(

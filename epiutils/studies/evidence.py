@@ -24,12 +24,11 @@ from epiutils.data import people
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
 from epiutils.data.views import BONES, Predicted
 from epiutils.fusion import RepairedFusion
-from epiutils.heatmaps import joints_mse, position_cross_entropy
 from epiutils.metrics import mpjpe
 from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
 from epiutils.networks.predict import device_name, predict
-from epiutils.networks.training import pose_loss
+from epiutils.networks.training import maps_loss, pose_loss
 from epiutils.space import Body, Calibration, along_bones, log_evidence, modes, near_best, poses
 from epiutils.studies.parts import Parts
 from epiutils.studies.predicted import CHECKPOINTS, choose, found_back, found_by, heatmaps_once, kept, triangulated
@@ -128,8 +127,7 @@ def _space_loss(network: nn.Module, batch: dict[str, Tensor], done: float, calib
     evidence = log_evidence(torch.cat([true, X], 2), maps, P, calibration) / 1.5
     same = torch.nn.functional.pad((X - true).norm(dim=-1) < 0.05, (1, 0))
     lost = -torch.log_softmax(evidence.masked_fill(same, -1e4), -1)[..., 0].mean()
-    truth = batch["target"], batch["weight"]
-    return lost + 100 * joints_mse(maps, *truth) + 0.25 * position_cross_entropy(maps, *truth)
+    return lost + maps_loss(maps, batch, 0.5)
 
 
 def _trained_on(point: str, through_space: bool, steps: int = 100) -> nn.Module:
@@ -137,7 +135,8 @@ def _trained_on(point: str, through_space: bool, steps: int = 100) -> nn.Module:
     network, calibration, everybody = load_checkpoint(CHECKPOINTS[point]), calibrated(point), Benchmark("train-large")
     chosen = choose(everybody, 4 * steps)  # each instant about once
     data = MultiView(torch.utils.data.Subset(everybody.prepare(progress=False, only=chosen), chosen), Augmentation())
-    loss = partial(_space_loss, calibration=calibration) if through_space else _pose_loss
+    alone = lambda network, batch, done: pose_loss(network, batch, 0.5)
+    loss = partial(_space_loss, calibration=calibration) if through_space else alone
     settings = {"steps": steps, "batch": 4, "lr": 5e-4, "warmup": 10, "clip": 1.0, "seed": 0, "workers": 1}
 
     def make() -> dict:
@@ -149,10 +148,6 @@ def _trained_on(point: str, through_space: bool, steps: int = 100) -> nn.Module:
     known = [Path(CHECKPOINTS[point]), _space_loss, train, modes, MultiView, [everybody.instants[i] for i in chosen]]
     network.load_state_dict(kept("set-free", [*known, through_space, settings, calibration], make))
     return network.eval()
-
-
-def _pose_loss(network: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
-    return pose_loss(network, batch, 0.5)
 
 
 def _set_free(point: str) -> dict[str, dict[str, np.ndarray]]:
@@ -190,9 +185,9 @@ def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     return shown | {"meta": meta}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _main(arguments: list[str] | None = None) -> int:
     """Evaluate what is asked for, and store it beside what is there."""
-    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=_main.__doc__)
     parser.add_argument("--points", nargs="*", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     parser.add_argument("--free", nargs="*", choices=CHECKPOINTS, default=[], help="also train these through space")
     chosen, arrays = parser.parse_args(arguments), load_arrays(STORED) if STORED.exists() else {}
@@ -211,4 +206,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from epiutils.data.dataset import MultiView
 from epiutils.data.views import Predicted
-from epiutils.heatmaps import hit_loss, joints_mse, position_cross_entropy
+from epiutils.heatmaps import hit_loss, joints_mse
 from epiutils.networks.hrnet import normalise
 from epiutils.networks.loop import train
+from epiutils.networks.training import maps_loss
 
 PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of four views
 
@@ -126,9 +127,7 @@ def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -
 def free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
     """`views_loss` through the backbone, and HRNet's own losses on its unfused heatmaps beside it; of `MultiView`."""
     maps, fused = model.all_views(batch["image"], batch["F"])
-    truth = batch["target"], batch["weight"]
-    alone = 100 * joints_mse(maps, *truth) + 0.25 * position_cross_entropy(maps, *truth)
-    return hit_loss(model.fusion.sharpness * fused, *truth) + alone
+    return hit_loss(model.fusion.sharpness * fused, batch["target"], batch["weight"]) + maps_loss(maps, batch, 0.5)
 
 
 def watch(module: nn.Module) -> dict[str, float]:

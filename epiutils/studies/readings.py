@@ -47,7 +47,7 @@ MEASURED = (0, 10, 20, 50, 60, 100, 190, 350, 600, 1000, 1500, 2200, 3000, 4400,
 
 
 @dataclass(frozen=True)
-class Reading:
+class _Reading:
     """One way to read what the original trained.
 
     start: the checkpoint that the backbone begins with.  free: it trains too.  fused: False is HRNet alone, on the same
@@ -81,24 +81,24 @@ class Reading:
 
 
 READINGS = {
-    "frozen": Reading(free=False),
-    "frozen_16": Reading(free=False, batch=16),
-    "frozen_sigmoid": Reading(free=False, sigmoid=True),
-    "free": Reading(),
-    "alone": Reading(fused=False),
-    "free_sigmoid": Reading(sigmoid=True),
-    "zero": Reading(begin="zero", steps=2200),
-    "warmup": Reading(warmup=500, steps=2200),
-    "slow": Reading(slow=0.1, steps=2200),
-    "hold": Reading(hold=500, steps=2200),
-    "free_pretrained": Reading("best"),
-    "alone_pretrained": Reading("best", fused=False),
-    "free_16": Reading(batch=16),
-    "alone_16": Reading(batch=16, fused=False),
+    "frozen": _Reading(free=False),
+    "frozen_16": _Reading(free=False, batch=16),
+    "frozen_sigmoid": _Reading(free=False, sigmoid=True),
+    "free": _Reading(),
+    "alone": _Reading(fused=False),
+    "free_sigmoid": _Reading(sigmoid=True),
+    "zero": _Reading(begin="zero", steps=2200),
+    "warmup": _Reading(warmup=500, steps=2200),
+    "slow": _Reading(slow=0.1, steps=2200),
+    "hold": _Reading(hold=500, steps=2200),
+    "free_pretrained": _Reading("best"),
+    "alone_pretrained": _Reading("best", fused=False),
+    "free_16": _Reading(batch=16),
+    "alone_16": _Reading(batch=16, fused=False),
 }
 
 
-class Filmed:
+class _Filmed:
     """Instants of a split on a device: normalised pictures, targets, and the `Pencil` of each pair that is wanted.
 
     images: (4 N, 3, 256, 256), target (4 N, J, h, w), weight (4 N, J): view v of instant n is 4 n + v.  source and
@@ -112,7 +112,6 @@ class Filmed:
         self.target, self.weight = put("target"), put("weight")
         pictures = [normalise(part["image"].to(device)) for part in loaded]
         self.images = torch.cat(pictures).contiguous(memory_format=torch.channels_last)
-        self.visible = torch.cat([part["visible"] for part in loaded]).numpy()
         instants = 4 * torch.arange(len(scenes), device=device)[:, None]
         s, r = torch.tensor(list(pairs), device=device).T
         self.source, self.reference = (instants + s).flatten(), (instants + r).flatten()
@@ -123,6 +122,15 @@ class Filmed:
         self.wraps = torch.cat([torch.zeros_like(p.lo, dtype=bool) if p.wraps is None else p.wraps for p in made])
         self.valid = torch.cat([torch.ones_like(p.order, dtype=bool) if p.valid is None else p.valid for p in made])
 
+    def every(self, step: int) -> _Filmed:
+        """Of every so many-th instant."""
+        few, instants = copy.copy(self), len(self.images) // 4
+        for key in ("images", "target", "weight", "order", "lo", "hi", "wraps", "valid"):
+            setattr(few, key, getattr(self, key).unflatten(0, (instants, -1))[::step].flatten(0, 1))
+        few.images = few.images.contiguous(memory_format=torch.channels_last)
+        few.source, few.reference = self.source[: len(few.order)], self.reference[: len(few.order)]
+        return few
+
     def pencil(self, pairs: Tensor) -> Pencil:
         """The set-up of some pairs, by their numbers (B,)."""
         order, lo, hi, wraps, valid = (
@@ -132,7 +140,7 @@ class Filmed:
 
 
 @dataclass(eq=False)
-class Run:
+class _Run:
     """One reading with one seed on its way: the backbone, the nine weights, and what was measured.
 
     The seed draws the nine weights and orders the pairs.  Everything of a step is on the device, the number of the step
@@ -141,7 +149,7 @@ class Run:
 
     name: str
     seed: int
-    lesson: Filmed
+    lesson: _Filmed
     maps: Tensor | None = None  # of the frozen backbone, of all pictures of the lesson
     measured: dict[str, list] = field(
         default_factory=lambda: {k: [] for k in ("iterations", "fused", "unfused", "weights")}
@@ -236,7 +244,7 @@ class Run:
         self.measured = copy.deepcopy(state["measured"])
 
     @torch.no_grad()
-    def found(self, test: Filmed, unfused: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def found(self, test: _Filmed, unfused: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Which joints are found in the test's references, (P, J), fused with the next camera's map and alone."""
         unfused = _seen(self.network, test.images) if unfused is None else unfused
         alone, fused = [], []
@@ -248,7 +256,7 @@ class Run:
         alone = np.concatenate(alone)
         return np.concatenate(fused) if fused else alone, alone
 
-    def measure(self, test: Filmed, unfused: Tensor | None = None) -> None:
+    def measure(self, test: _Filmed, unfused: Tensor | None = None) -> None:
         """Add a row of what is measured on the way."""
         fused, alone = self.found(test, unfused)
         row = (int(self.k), joint_mean(fused), joint_mean(alone), self.fusion.weight.detach().flatten().tolist())
@@ -293,9 +301,10 @@ def _train(
     missing = [(name, seed) for name, seed in wanted if not (out / f"{name}-{seed}.npz").exists()]
     if not missing:
         return
-    lesson = Filmed("train", range(840), PAIRS, device)
+    lesson = _Filmed("train", range(840), PAIRS, device)
     following = [((v + 1) % 4, v) for v in range(4)]
-    few, test = (Filmed("test", range(0, 420, step), following, device) for step in (4, 1))
+    test = _Filmed("test", range(420), following, device)
+    few = test.every(4)
     print(f"{device_name()}: pictures after {time.perf_counter() - began:.0f} s", flush=True)
     frozen = {}
     for start in {READINGS[name].start for name, _ in missing if not READINGS[name].free}:
@@ -307,12 +316,12 @@ def _train(
             runs = []
             for name, seed in missing[:group]:
                 maps = [None] * 3 if READINGS[name].free else frozen[READINGS[name].start]
-                runs.append((Run(name, seed, lesson, maps[0]), maps, out / f"{name}-{seed}"))
+                runs.append((_Run(name, seed, lesson, maps[0]), maps, out / f"{name}-{seed}"))
             missing = missing[group:]
             _side_by_side(runs, few, test, until, began + seconds, bar)
 
 
-def _side_by_side(runs: list, few: Filmed, test: Filmed, until: int, ends: float, bar: tqdm) -> None:
+def _side_by_side(runs: list, few: _Filmed, test: _Filmed, until: int, ends: float, bar: tqdm) -> None:
     """Train runs to their ends, measured and saved on the way."""
     for run, _, path in runs:
         if path.with_suffix(".pt").exists():
@@ -334,7 +343,8 @@ def _side_by_side(runs: list, few: Filmed, test: Filmed, until: int, ends: float
                 break
         if runs[0][0].on_gpu:
             torch.cuda.synchronize()
-        late = time.perf_counter() > ends
+        now = time.perf_counter()
+        late, due = now > ends, now > saved + 60
         for (run, maps, path), old in zip(runs, before, strict=True):
             done = int(run.k)
             bar.update(done - old)
@@ -343,10 +353,10 @@ def _side_by_side(runs: list, few: Filmed, test: Filmed, until: int, ends: float
             if late or done >= min(until, run.reading.steps):
                 if not path.with_suffix(".npz").exists():
                     _keep(path, run, test, maps[2])
-            elif done and time.perf_counter() > saved + 60:
+            elif done and due:
                 with replacing(path.with_suffix(".pt")) as part:
                     torch.save(run.state(), part)
-        saved = time.perf_counter() if time.perf_counter() > saved + 60 else saved
+        saved = now if due else saved
         if late:
             return
 
@@ -367,7 +377,7 @@ def _on_parabola(name: str, out: Path, until: int) -> None:
         _store(out / f"{name}-{seed}", measured | {"weights": path[seed, marks].numpy()}, found_fused, test.alone())
 
 
-def _keep(path: Path, run: Run, test: Filmed, unfused: Tensor | None) -> None:
+def _keep(path: Path, run: _Run, test: _Filmed, unfused: Tensor | None) -> None:
     """A run that is done."""
     _store(path, run.measured | {"losses": run.losses[: int(run.k)].half().cpu().numpy()}, *run.found(test, unfused))
     path.with_suffix(".pt").unlink(missing_ok=True)
@@ -431,9 +441,9 @@ def at(runs: dict[str, dict[str, np.ndarray]], name: str, iterations: int) -> di
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and pack what there is."""
-    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.readings", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m epiutils.studies.readings", description=_main.__doc__)
     parser.add_argument("--only", nargs="+", choices=READINGS, default=list(READINGS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--until", type=int, default=8800, help="iterations at most")
@@ -450,4 +460,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())
