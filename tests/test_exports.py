@@ -2,16 +2,22 @@
 
 import csv
 import json
+import re
+import tomllib
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
-from recorded import body, write_recording
+from recorded import HEIGHT, WIDTH, body, write_recording
+from recorded import camera as ring
 from scipy.spatial.transform import Rotation
 
 from epiutils.data.bodies import JOINTS
+from epiutils.data.calibration import read_calib
 from epiutils.data.exports import poses_3d, write_results
-from epiutils.data.recordings import Status, read_recording
+from epiutils.data.recordings import Recording, Status, read_recording
+from epiutils.triangulate import triangulate
 
 
 @pytest.fixture
@@ -44,22 +50,26 @@ def repaired(recording, folder):
 
 def test_detections_are_repaired_where_they_do_not_agree_and_nowhere_else(recording, tmp_path):
     _, agree = poses_3d(recording)
-    fixed, straight = repaired(recording, tmp_path / "out"), recording.detections
-    np.testing.assert_allclose(fixed[agree], straight[agree], atol=1e-4)
+    fixed, given = repaired(recording, tmp_path / "out"), recording.detections
     for v, camera in enumerate(recording.cameras):
-        np.testing.assert_allclose(fixed[v, ..., :2], camera.project(TRUE), atol=0.02)
-    np.testing.assert_allclose(fixed[3, 2, 9, 2], straight[[0, 2], 2, 9, 2].mean(), atol=1e-4)
+        straight = np.concatenate([camera.undistort(given[v, ..., :2]), given[v, ..., 2:]], -1)
+        np.testing.assert_allclose(fixed[v][agree[v]], straight[agree[v]], atol=1e-4)
+        np.testing.assert_allclose(fixed[v, ..., :2], camera.without_distortion().project(TRUE), atol=0.02)
+    np.testing.assert_allclose(fixed[3, 2, 9, 2], given[[0, 2], 2, 9, 2].mean(), atol=1e-4)
 
 
 def test_what_falls_outside_the_picture_stays_as_it_was_detected(recording, tmp_path):
     moved = [replace(c, K=c.K - [[0, 0, 1e4], [0, 0, 0], [0, 0, 0]]) for c in recording.cameras]
     away = replace(recording, cameras=moved, detections=recording.detections - (1e4, 0, 0))
     write_results(away, tmp_path / "out")
-    for v, camera in enumerate(moved):
+    for camera, written, view in zip(moved, read_calib(tmp_path / "out/calibration/Calib.toml"), away.detections):
         file = tmp_path / "out" / "pose" / f"{camera.name}_json" / f"{camera.name}_000000000009_keypoints.json"
         (person,) = json.loads(file.read_text())["people"]
-        straight = np.nan_to_num(away.detections[v, 2])
-        np.testing.assert_allclose(np.reshape(person["pose_keypoints_2d"], (-1, 3)), straight, atol=1e-4)
+        back = np.reshape(person["pose_keypoints_2d"], (-1, 3))
+        seen = np.isfinite(view[2, :, 0])
+        rays = (camera.undistort(view[2, seen, :2]) - camera.K[:2, 2]) / np.diag(camera.K)[:2]
+        np.testing.assert_allclose((back[seen, :2] - written.K[:2, 2]) / np.diag(written.K)[:2], rays, atol=1e-6)
+        np.testing.assert_allclose(back[:, 2], view[2, :, 2], atol=1e-4)
 
 
 def read_trc(path):
@@ -119,7 +129,9 @@ def test_the_folder_is_a_trial_again_and_says_what_the_poses_do(recording, tmp_p
     assert again.model == recording.model and (again.status == Status.OK).all()
     np.testing.assert_array_equal(again.frames, recording.frames)
     np.testing.assert_allclose(poses_3d(again)[0], X, atol=1e-3)
-    np.testing.assert_allclose(again.detections[1, 3, :, :2], recording.cameras[1].project(TRUE[3]), atol=0.02)
+    np.testing.assert_allclose(
+        again.detections[1, 3, :, :2], recording.cameras[1].without_distortion().project(TRUE[3]), atol=0.02
+    )
     files = sorted((tmp_path / "out" / "pose" / "cam02_json").iterdir())
     assert [f.name for f in files] == [f"cam02_{n:012d}_keypoints.json" for n in range(7, 12)]
     with pytest.raises(ValueError, match='up must be "auto" or one of x, y'):
@@ -132,3 +144,93 @@ def test_nobody_is_written_as_pose2sim_writes_it(recording, tmp_path):
     file = tmp_path / "out" / "pose" / "cam02_json" / "cam02_000000000010_keypoints.json"
     assert json.loads(file.read_text())["people"] == [{}]
     assert (read_recording(tmp_path / "out").status[:, 3] == Status.NO_PERSON).all()
+
+
+# What follows is what Pose2Sim 0.10.49 does; the files were seen to give its triangulation poses within 1 µm of these.
+
+
+def pose2sims_folders(names):
+    """Folders in the order in which its triangulation takes them for the tables of a Calib.toml, one after another."""
+    last = [re.findall(r"\d+", name) for name in names]
+    return [name for _, name in sorted(zip([(not n, int(n[-1]) if n else 0) for n in last], names, strict=True))]
+
+
+def pose2sims_poses(folder):
+    """Its way from a trial's folder to poses (T, J, 3), y up: no lens distortion, by DLT."""
+    told = tomllib.loads((folder / "Config.toml").read_text())
+    tables = tomllib.loads((folder / "calibration" / "Calib.toml").read_text())
+    tables = [table for key, table in tables.items() if key != "metadata"]
+    folders = pose2sims_folders([f.name for f in (folder / "pose").iterdir() if "json" in f.name])
+    assert len(tables) == len(folders)
+    P, points = [], []
+    for table, name in zip(tables, folders, strict=True):
+        R, _ = cv2.Rodrigues(np.array(table["rotation"]))
+        P.append(np.array(table["matrix"]) @ np.column_stack([R, table["translation"]]))
+        files = {int(re.split(r"(\d+)", f.name)[-2]): f for f in (folder / "pose" / name).iterdir()}
+        (people,) = zip(*(json.loads(files[n].read_text())["people"] for n in range(*told["project"]["frame_range"])))
+        points.append([np.reshape(person["pose_keypoints_2d"], (-1, 3)) for person in people])
+    X = triangulate(np.array(points)[..., :2].transpose(1, 2, 0, 3), np.array(P))
+    return X[..., [1, 2, 0]], told  # its zup2yup
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("cam10", "cam2", "Cam 1"), ("right", "front", "left"), ("a_4k", "b_4k", "c_4k"), ("../../out", "a/b", "c\0")],
+    ids=["numbers", "words", "one number", "no names of files"],
+)
+@pytest.mark.parametrize("up", ["z", "y", "-x"])
+def test_pose2sims_triangulation_makes_the_same_poses_of_the_folder(tmp_path, names, up):
+    """Its order of cameras, its frames, its axis that points up, and no lens: of barrel, fisheye and none."""
+    axis, sign = "xyz".index(up[-1]), 1 - 2 * up.startswith("-")
+    turn = Rotation.align_vectors([sign * np.eye(3)[axis]], [[0, 0, 1]])[0].as_matrix()
+    cameras = [replace(ring(i), name=name, R=ring(i).R @ turn.T) for i, name in enumerate(names)]
+    lenses = [(-0.28, 0.09, 0, 0, -0.01), (0.05, -0.02, 0.01, 0), ()]
+    cameras = [replace(c, distortion=lens, fisheye=len(lens) == 4) for c, lens in zip(cameras, lenses, strict=True)]
+    frames = np.arange(7, 12)
+    detections = np.stack([c.project(TRUE @ turn.T) for c in cameras])
+    detections = np.concatenate([detections, np.full_like(detections[..., :1], 0.9)], -1)
+    nothing = np.zeros(detections.shape[:2], int)
+    recording = Recording(tmp_path, "BODY_25B", cameras, frames, detections, nothing, nothing, (None,) * 3, (0,) * 3)
+    trc, _ = write_results(recording, tmp_path / "a" / "b" / "out", rate=59.94)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a"]  # nothing beside it, whatever a camera is called
+    X, told = pose2sims_poses(tmp_path / "a" / "b" / "out")
+    _, time, ours, _ = read_trc(trc)
+    np.testing.assert_allclose(X, ours, atol=1e-5)
+    assert told["pose"]["pose_model"] == "BODY_25B" and not told["project"]["multi_person"]
+    np.testing.assert_allclose(
+        np.arange(*told["project"]["frame_range"]) / told["project"]["frame_rate"], time[:, 1], atol=1e-6
+    )
+
+
+def test_points_that_a_lens_brought_into_the_picture_are_in_the_larger_one_without_it(recording, tmp_path):
+    wide = [
+        replace(c, K=np.diag([0.2, 0.2, 1]) @ c.K, distortion=(0.01, 0, 0, 0), fisheye=True) for c in recording.cameras
+    ]
+    wide = [
+        replace(c, R=cv2.Rodrigues(np.array([0, 1.25, 0]))[0] @ c.R, t=cv2.Rodrigues(np.array([0, 1.25, 0]))[0] @ c.t)
+        for c in wide
+    ]
+    found = np.stack([c.project(TRUE) for c in wide])
+    away = replace(recording, cameras=wide, detections=np.concatenate([found, recording.detections[..., 2:]], -1))
+    assert (found > 0).all() and (found < (WIDTH, HEIGHT)).all()
+    straight = np.stack([c.undistort(x) for c, x in zip(wide, found, strict=True)])
+    assert (straight[..., 0] > 1.5 * WIDTH).any()
+    write_results(away, tmp_path / "out")
+    again = read_recording(tmp_path / "out")
+    for c, x in zip(again.cameras, again.detections[..., :2], strict=True):
+        assert (x >= 0).all() and (x <= np.array(c.size) - 1).all()
+    np.testing.assert_allclose(poses_3d(again)[0], TRUE, atol=1e-4)
+
+
+def test_what_was_recorded_is_not_written_over(recording):
+    before = sorted(recording.path.rglob("*"))
+    with pytest.raises(ValueError, match="choose another folder"):
+        write_results(recording, recording.path)
+    assert sorted(recording.path.rglob("*")) == before
+
+
+def test_the_middle_of_the_hips_has_pose2sims_name(tmp_path):
+    for model, name in (("BODY_25", "CHip"), ("HALPE_26", "Hip")):
+        write_recording(tmp_path / model, model=model)
+        trc, _ = write_results(read_recording(tmp_path / model, model), tmp_path / f"{model} out")
+        assert read_trc(trc)[0][JOINTS[model].index("midhip")] == name

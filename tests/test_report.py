@@ -355,6 +355,15 @@ def test_wrong_arguments_are_named(made, capsys, arguments, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_results_read_again_as_a_recording_are_not_swept(made, capsys):
+    out, make = made
+    write_recording(out / "recording")
+    with pytest.raises(SystemExit):
+        make("--recording", str(out / "recording"), "--only", "01")
+    assert "copy it elsewhere" in capsys.readouterr().err
+    assert (out / "recording" / "calibration" / "Calib.toml").is_file()
+
+
 def test_a_recording_is_where_the_caller_says(made, tmp_path, monkeypatch):
     out, make = made
     (tmp_path / "mine").mkdir()

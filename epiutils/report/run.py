@@ -271,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.get("recording"):
             given["recording"] = _folder("recording", given["recording"])
+            if Path(given["recording"]).is_relative_to((args.out / RECORDING).resolve()):
+                raise ValueError(f"--recording {given['recording']} is where results are put: copy it elsewhere")
         if given.get("dataset"):
             given["dataset"] = _folder("dataset", given["dataset"], _ROOT / "data" / given["dataset"])
         parameters = _choose_parameters(chosen, given, {"profile": args.profile})
