@@ -150,14 +150,14 @@ class RepairedFusion(nn.Module):
         """Fuse each of V views with all others, as `forward` does for each in turn, but weigh each view once.
 
         heatmaps: (B, V, J, H, W).  F: (B, V, V, 3, 3), F[:, s, r] from view s to view r (its diagonal is not read), or
-        the `Pencil` of its `view_pairs`.  present: (B, V) bool; a view that is missing gives nothing, and receives
+        the `Pencil` of its `pairs`.  present: (B, V) bool; a view that is missing gives nothing, and receives
         what the others send.  Returns (B, V, J, H, W).
         """
         if present is not None:
             heatmaps = heatmaps.masked_fill(~present[:, :, None, None, None], 0.0)
-        weighed = self.weigh(heatmaps)
-        evidence = of_sources(self._evidence(weighed, present)).flatten(0, 1)  # (B · V (V − 1), J, H, W)
-        F = F if isinstance(F, Pencil) else view_pairs(F)
+        weighed, (source, reference) = self.weigh(heatmaps), pairs(heatmaps.shape[1])
+        evidence = self._evidence(weighed, present)[:, source].flatten(0, 1)  # (B · V (V − 1), J, H, W)
+        F = F if isinstance(F, Pencil) else F[:, source, reference].flatten(0, 1)
         if not len(evidence):  # one view, and no other to fuse it with
             return weighed
         ridges = self._ridges(evidence, F, tuple(heatmaps.shape[-2:])).unflatten(0, (len(heatmaps), -1))
@@ -190,17 +190,6 @@ def pairs(views: int) -> tuple[list[int], list[int]]:
     """Source and reference of each ordered pair of views: [0, 0, 0, 1, …] and [1, 2, 3, 0, …] for four."""
     both = list(itertools.permutations(range(views), 2))
     return [source for source, _ in both], [reference for _, reference in both]
-
-
-def view_pairs(F: Tensor) -> Tensor:
-    """F of the `pairs`, from F between all views: (B, V, V, 3, 3) → (B · V (V − 1), 3, 3)."""
-    source, reference = pairs(F.shape[1])
-    return F[:, source, reference].flatten(0, 1)
-
-
-def of_sources(views: Tensor) -> Tensor:
-    """Values of the source of each of the `pairs`: (B, V, …) → (B, V (V − 1), …)."""
-    return views[:, pairs(views.shape[1])[0]]
 
 
 def sum_at_references(values: Tensor) -> Tensor:

@@ -110,21 +110,6 @@ def probabilities(logits: Tensor, sharpness: float | Tensor = 1.0) -> Tensor:
     return torch.softmax(sharpness * logits.flatten(-2), -1).view_as(logits)  # over (..., H·W)
 
 
-def soft_argmax(heatmaps: Tensor, sharpness: float = 15.0) -> tuple[Tensor, Tensor]:
-    """The mean position under softmax(β H / max H), the differentiable arg-max (Sun et al., ECCV 2018).
-
-    For a Gaussian of σ = 2 the error is 0.02 px at β = 15; less leaks into the background, more falls back to whole
-    pixels.  A map with nothing above 0 has no peak, and its point means nothing.
-
-    heatmaps: (..., H, W).  sharpness: β.  Returns points (..., 2), heatmap px (x, y), and their peaks' heights (...).
-    """
-    peak = heatmaps.flatten(-2).amax(-1)
-    scaled = heatmaps / torch.where(peak > 0, peak, torch.ones_like(peak))[..., None, None]
-    p = probabilities(scaled, sharpness)
-    x, y = (torch.arange(size, dtype=p.dtype, device=p.device) for size in (p.shape[-1], p.shape[-2]))
-    return torch.stack([(p.sum(-2) * x).sum(-1), (p.sum(-1) * y).sum(-1)], -1), peak
-
-
 def joints_mse(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """HRNet's JointsMSELoss: the mean over joints of ½ · MSE(w · output, w · target).
 

@@ -1,8 +1,7 @@
 """How good poses are, in the picture and in space, and how sure that is: paired bootstrap over scenes.
 
 Each measure gives a value for every joint, (..., J), and nan where there is none: `joint_mean` and `bootstrap` leave
-those out.  A joint that was not found has no distance, and `mpjpe` is the mean of fewer joints; for `pck3d` and `jdr`
-it is wrong.  Report both kinds.
+those out.  A joint that was not found has no distance, and `mpjpe` is the mean of fewer joints: report it beside what is `found`.
 """
 
 from __future__ import annotations
@@ -22,64 +21,13 @@ def found(output, target) -> np.ndarray:
     return np.where(np.isnan(distances), np.nan, distances < 0.5)
 
 
-def mpjpe(predicted: np.ndarray, true: np.ndarray, root: int | None = None) -> np.ndarray:
+def mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Distance of each joint from the true one, in their unit: MPJPE is its mean (Ionescu et al., TPAMI 2014).
 
-    predicted, true: (..., J, 3).  root: a joint, 0 for the pelvis, that both poses are moved to: its own distance is
-    then 0, and counts, as is usual; with None the distances include where the person is.
-    Returns (..., J), nan where either is nan (or the root is).
+    Nothing is moved to a root: the distances include where the person is.
+    predicted, true: (..., J, 3).  Returns (..., J), nan where either is nan.
     """
-    return np.linalg.norm(_from_root(predicted, root) - _from_root(true, root), axis=-1)
-
-
-def pa_mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """`mpjpe` after the similarity that moves each predicted pose nearest to the true one.
-
-    It has the least Σ |s R x + t − y|² over the joints known in both, R a rotation, never a reflection (Umeyama, TPAMI
-    1991).
-
-    predicted, true: (..., J, 3).  Returns (..., J), nan where either is nan, and in poses of fewer than three joints.
-    """
-    predicted, true = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
-    known = np.isfinite(predicted - true).all(-1, keepdims=True)  # (..., J, 1)
-    count = np.maximum(known.sum(-2, keepdims=True), 1)
-    x, y = (np.where(known, pose, 0) for pose in (predicted, true))
-    x, y = (np.where(known, pose - pose.sum(-2, keepdims=True) / count, 0) for pose in (x, y))
-    U, D, Vh = np.linalg.svd(y.mT @ x)  # (..., 3, 3)
-    mirror = np.linalg.det(U @ Vh)[..., None] * (0, 0, 1) < 0  # (..., 3): turn the weakest axis back
-    D, U = np.where(mirror, -D, D), np.where(mirror[..., None, :], -U, U)
-    spread = (x**2).sum((-2, -1))
-    scale = D.sum(-1) / np.where(spread > 0, spread, 1)
-    aligned = scale[..., None, None] * x @ (U @ Vh).mT
-    return np.where((known & (count > 2))[..., 0], np.linalg.norm(aligned - y, axis=-1), np.nan)
-
-
-def pck3d(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.15, root: int | None = None) -> np.ndarray:
-    """Which joints are less than 150 mm from the true one (3DPCK: Mehta et al., 3DV 2017).
-
-    predicted, true: (..., J, 3).  threshold: in the unit of the poses.  root: as in `mpjpe`.
-    Returns (..., J) of 1 and 0: 0 where the prediction is nan, nan where the truth is.
-    """
-    return _right(mpjpe(predicted, true, root) < threshold, _from_root(true, root))
-
-
-def jdr(predicted: np.ndarray, true: np.ndarray, head: float | np.ndarray) -> np.ndarray:
-    """Which joints of a picture are at most half of the head's size from the true one (JDR: AdaFuse, IJCV 2021).
-
-    predicted, true: (..., J, 2) px.  head: (...) px in each picture, or one for all; AdaFuse takes 2.5 % of the side of
-    the person's box, which is 6.4 for a crop of 256 px, or 1.6 for a heatmap of 64 px.
-    Returns (..., J) of 1 and 0: 0 where the prediction is nan, nan where the truth is.
-    """
-    return _right(mpjpe(predicted, true) <= np.asarray(head)[..., None] / 2, true)
-
-
-def _from_root(pose: np.ndarray, root: int | None) -> np.ndarray:
-    pose = np.asarray(pose, dtype=float)
-    return pose if root is None else pose - pose[..., root, None, :]
-
-
-def _right(right: np.ndarray, true: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(true).all(-1), right, np.nan)
+    return np.linalg.norm(np.asarray(predicted, dtype=float) - np.asarray(true, dtype=float), axis=-1)
 
 
 def joint_mean(values: np.ndarray) -> float:

@@ -120,7 +120,7 @@ def _read(maps: Tensor, at: Tensor) -> Tensor:
     return nn.functional.grid_sample(maps[:, None], grid[:, None], align_corners=True)[:, 0, 0]
 
 
-def candidates(heatmaps: Tensor, P: Tensor, peaks: int = 3) -> Tensor:
+def _candidates(heatmaps: Tensor, P: Tensor, peaks: int = 3) -> Tensor:
     """Points that two views agree on: triangulations of every pair of views' highest peaks, and of more views' first.
 
     heatmaps: (B, V, J, H, W).  P: (B, V, 3, 4).  Returns (B, J, C, 3) metres, nan where rays do not meet before the
@@ -169,14 +169,14 @@ def _grid(reach: float, count: int, like: Tensor) -> Tensor:
 def modes(
     heatmaps: Tensor, P: Tensor, calibration: Calibration, count: int = 12, peaks: int = 3, apart: float = 0.06
 ) -> Modes:
-    """The maxima of log p(X) for each joint, from `candidates` on, by local grids from coarse to fine.
+    """The maxima of log p(X) for each joint, from `_candidates` on, by local grids from coarse to fine.
 
     count: of modes a joint.  peaks: of each view and joint that propose.  apart: metres between two maxima to begin
     with.  heatmaps: (B, V, J, H, W), zeros where a view is missing.  P: (B, V, 3, 4).
     Differentiable in the heatmaps: the places around a maximum are fixed, their evidence is not.
     """
     views = _Views(heatmaps, P, calibration)
-    X = candidates(heatmaps, P, peaks).to(heatmaps.dtype)  # (B, J, C, 3)
+    X = _candidates(heatmaps, P, peaks).to(heatmaps.dtype)  # (B, J, C, 3)
     with torch.no_grad():
         known = torch.isfinite(X).all(-1)
         X = torch.where(known[..., None], X, 0.0)

@@ -1,4 +1,4 @@
-"""Triangulation: points in space from their pixels, or from heatmaps, in several calibrated views.
+"""Triangulation: points in space from their pixels in several calibrated views.
 
 Pixels are (..., V, 2), without lens distortion, and belong to P (..., V, 3, 4) = K [R | t], whose scale is free; the
 world is in metres.  A view that has not seen a point is left out: its pixel is nan, or its weight not above 0.
@@ -10,14 +10,11 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
-import torch
 from array_api_compat import array_namespace
 from scipy.optimize import least_squares
 from scipy.sparse import csr_array
-from torch import Tensor
 
 from epiutils.cameras import homogeneous
-from epiutils.heatmaps import STRIDE, soft_argmax
 
 _PARALLEL = 1e-10  # (angle in rad · ratio of weights)² below which two rays meet nowhere in particular
 _NEAREST = 1e-3  # metres from a camera's plane within which there is no scene, only where rays of one centre meet
@@ -36,7 +33,7 @@ def project(X, P):
     return xp.where(front, pixels, xp.full_like(pixels, xp.nan))
 
 
-def reprojection_error(X, points, P):
+def _reprojection_error(X, points, P):
     """Distance from the image of a point to its pixel in each view, |project(X, P) − x| (H&Z 12.3).
 
     X: (..., 3) metres.  points: (..., V, 2).  P: (..., V, 3, 4).  Returns (..., V) px; nan where a view has not both.
@@ -107,7 +104,7 @@ def triangulate_robust(
     pairs = np.stack(np.triu_indices(points.shape[-2], 1), -1)  # (H, 2)
     X = triangulate(points[..., pairs, :], P[..., pairs, :, :])  # (..., H, 3)
     X = np.concatenate([triangulate(points, P, w)[..., None, :], X], -2)
-    error = reprojection_error(X, points[..., None, :, :], P[..., None, :, :, :])  # (..., 1 + H, V)
+    error = _reprojection_error(X, points[..., None, :, :], P[..., None, :, :, :])  # (..., 1 + H, V)
     agree = error <= threshold
     score = (w[..., None, :] * np.where(agree, 1 - (error / threshold) ** 2, 0)).sum(-1) * (agree.sum(-1) > 1)
     w = w * np.take_along_axis(agree, score.argmax(-1)[..., None, None], -2)[..., 0, :]
@@ -167,16 +164,3 @@ def best_subset(points: np.ndarray, P: np.ndarray, true: np.ndarray) -> np.ndarr
         nearer = error < least  # never where X is nan
         best, least = np.where(nearer[..., None], X, best), np.where(nearer, error, least)
     return best
-
-
-def triangulate_heatmaps(heatmaps: Tensor, P: Tensor | np.ndarray) -> Tensor:
-    """Joints in space from their heatmaps: `triangulate` of the `soft_argmax`, weighted by the heights of the peaks.
-
-    Gradients reach every pixel.  A view whose map has nothing above 0 is left out.
-
-    heatmaps: (..., V, J, H, W).  P: (..., V, 3, 4) of the network's inputs, `STRIDE` of whose pixels are one of the
-    heatmap.  Returns (..., J, 3) metres, nan where `triangulate` has none.
-    """
-    points, peak = soft_argmax(heatmaps)  # (..., V, J, 2), (..., V, J)
-    P = torch.as_tensor(P, device=points.device)[..., None, :, :, :]  # (..., 1, V, 3, 4)
-    return triangulate(STRIDE * points.movedim(-3, -2), P, peak.movedim(-2, -1))

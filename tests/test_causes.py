@@ -17,9 +17,9 @@ from epiutils.heatmaps import joints_mse
 from epiutils.metrics import joint_mean
 from epiutils.networks.loop import train
 from epiutils.redirect import redirect
-from epiutils.studies import causes
+from epiutils.studies import causes, fitting
 from epiutils.studies.causes import NormalEquations, Pairs
-from epiutils.studies.fitting import PAIRS, HeatmapPairs, fusion_loss, watch
+from epiutils.studies.fitting import PAIRS, HeatmapPairs, fusion_loss
 from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext
 
@@ -199,7 +199,7 @@ def test_training_on_the_equations_is_training_on_the_heatmaps():
         torch.manual_seed(seed)
         fusion = OriginalFusion(shape=SHAPE)
         _, rows = train(fusion, fusion_loss, HeatmapPairs(predicted), weight_decay=0, schedule="constant", seed=seed,
-                        log=watch, progress=False, **settings)  # fmt: skip
+                        log=fitting._watch, progress=False, **settings)  # fmt: skip
         literal = torch.tensor([[row[f"w{k}"] for k in range(9)] for row in rows])
         torch.testing.assert_close(of_seed[:-1], literal, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(of_seed[-1], fusion.weight.detach().flatten(), rtol=1e-4, atol=1e-6)

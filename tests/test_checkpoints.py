@@ -10,8 +10,9 @@ from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.people import scene
 from epiutils.data.views import Predicted
 from epiutils.heatmaps import accuracy
+from epiutils.networks import training
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, provenance
-from epiutils.networks.predict import device_name, predict, scores
+from epiutils.networks.predict import device_name, predict
 from epiutils.networks.training import train_pose
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -24,10 +25,10 @@ def test_scores_of_perfect_and_of_shifted_maps():
     data = MultiView([scene(9, "walk", f, 2) for f in (3, 50)])
     batch = torch.utils.data.default_collate([data[0], data[1]])
     del batch["image"]
-    assert set(scores(Predicted(output=batch["target"], **batch)).values()) == {1.0}
+    assert set(training._scores(Predicted(output=batch["target"], **batch)).values()) == {1.0}
     moved = batch["target"].roll(4, -1)  # 4 px are wrong, 3 px are right
     wrong = torch.where(batch["visible"][..., None, None], batch["target"], moved)
-    measured = scores(Predicted(output=wrong, **batch))
+    measured = training._scores(Predicted(output=wrong, **batch))
     assert measured["pck_visible"] == 1 and measured["pck_occluded"] == 0
     assert measured["pck"] == pytest.approx(batch["visible"].double().mean().item(), abs=1e-9)
     assert measured["accuracy"] == accuracy(wrong.flatten(0, 1), batch["target"].flatten(0, 1))
@@ -59,7 +60,7 @@ def test_checkpoints_reproduce_their_accuracy(name, size, split):
     chosen = range(0, len(test), len(test) // 48)
     told = provenance(CHECKPOINTS / f"{name}.safetensors")
     data = MultiView(torch.utils.data.Subset(test.prepare(only=chosen, progress=False), chosen), size=size)
-    measured = scores(predict(load_checkpoint(CHECKPOINTS / f"{name}.safetensors"), data))
+    measured = training._scores(predict(load_checkpoint(CHECKPOINTS / f"{name}.safetensors"), data))
     assert measured == pytest.approx(told["subset"], abs=0.005)
     assert told["test"] == pytest.approx(told["subset"], abs=0.04)
     assert {"command", "commit", "seed", "data", "device"} <= told.keys()

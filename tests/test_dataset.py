@@ -20,8 +20,6 @@ from epiutils.data.dataset import (
     Augmentation,
     Benchmark,
     MultiView,
-    Performance,
-    best_instant,
     open_dataset,
     open_instant,
 )
@@ -324,11 +322,11 @@ def test_the_instant_shown_is_one_that_most_cameras_see(tmp_path):
         for number in set(range(100, 110)) - set(seen):
             write_json(tmp_path / "pose" / f"{camera}_json" / f"{camera}_{number:012}_keypoints.json", [])
     data = open_dataset(str(tmp_path))
-    assert best_instant(data, 20) == (data, 106) == best_instant(data, 200)
+    assert dataset._best_instant(data, 20) == (data, 106) == dataset._best_instant(data, 200)
     both = open_dataset(str(tmp_path), cameras=["cam03", "cam02"])
-    assert [camera.name for camera in both.cameras] == ["cam03", "cam02"] and best_instant(both, 20)[1] == 106
+    assert [camera.name for camera in both.cameras] == ["cam03", "cam02"] and dataset._best_instant(both, 20)[1] == 106
     write_json(tmp_path / "pose" / "cam02_json" / "cam02_000000000106_keypoints.json", [])
-    less, frame = best_instant(open_dataset(str(tmp_path)), 20)  # no instant of all three: those that see it
+    less, frame = dataset._best_instant(open_dataset(str(tmp_path)), 20)  # no instant of all three: those that see it
     assert frame == 103 and [camera.name for camera in less.cameras] == ["cam01", "cam02"]
     assert less.detections.shape == (2, 10, 25, 3) and len(less.views(frame)) == less.status.shape[0] == 2
     assert len(less.videos) == len(less.person) == 2
@@ -340,6 +338,6 @@ def test_embedded_people_are_shown_at_the_instant_asked_for():
 
 
 def test_a_joint_that_is_not_there_is_answered_with_those_that_are():
-    assert Performance().joints.index("head") == 10 and Performance().joints == JOINTS
+    assert open_dataset().joints.index("head") == 10 and open_dataset().joints == JOINTS
     with pytest.raises(ValueError, match="no joint 'tail'; there are: root, rhip, .*rwri$"):
-        Performance().joints.index("tail")
+        open_dataset().joints.index("tail")

@@ -10,7 +10,7 @@ from rigs import LENS, camera_pair, look_at, up_to_scale, warn_always, world_poi
 from scipy.optimize import least_squares, minimize_scalar
 
 from epiutils.cameras import crop_affine
-from epiutils.data.dataset import Performance
+from epiutils.data.dataset import open_dataset
 from epiutils.data.views import heatmap_fundamentals
 from epiutils.epipolar import (
     METHODS,
@@ -378,7 +378,7 @@ def test_a_plane_with_a_fifth_of_the_points_off_it_is_refused_only_where_F_is_wr
 
 @pytest.mark.parametrize("frames", [1, 12])
 def test_the_joints_of_a_person_who_walks_are_not_refused_for_their_noise(frames):
-    data = Performance(9, "walk")
+    data = open_dataset("", 9, "walk")
     joints = np.stack([c.undistort(d[..., :2]) for c, d in zip(data.cameras, data.detections, strict=True)])
     joints = joints[:, np.linspace(0, joints.shape[1] - 1, frames).astype(int)].reshape(4, -1, 2)
     for seed, (method, s, r) in enumerate((m, s, r) for m in METHODS for s in range(4) for r in range(s)):

@@ -20,6 +20,7 @@ from epiutils.metrics import joint_mean
 from epiutils.networks.hrnet import PoseHRNet, normalise
 from epiutils.networks.loop import batches, train
 from epiutils.networks.predict import predict
+from epiutils.studies import fitting
 from epiutils.studies.fitting import (
     PAIRS,
     FusedNetwork,
@@ -31,7 +32,6 @@ from epiutils.studies.fitting import (
     fusion_loss,
     train_pairs,
     views_loss,
-    watch,
 )
 from epiutils.studies.predicted import (
     found_by,
@@ -269,7 +269,7 @@ def test_train_takes_it_and_what_is_watched_is_of_before_the_step():
     data, module = HeatmapPairs(made_up(twice=0.5)), fusion()
     first = np.random.default_rng((0, 0)).permutation(36)[:6]
     (gradient,) = torch.autograd.grad(fusion_loss(module, batch_of(data, first)), module.weight)
-    _, rows = train(module, fusion_loss, data, steps=30, batch=6, lr=0.05, log=watch, progress=False)
+    _, rows = train(module, fusion_loss, data, steps=30, batch=6, lr=0.05, log=fitting._watch, progress=False)
     names = [*(f"w{k}" for k in range(9)), *(f"g{k}" for k in range(9))]
     assert [key for key in rows[0] if key in names] == names
     assert [rows[0][f"w{k}"] for k in range(9)] == WEIGHTS.flatten().tolist()
@@ -304,7 +304,7 @@ def test_a_frozen_network_stays_while_the_nine_weights_train(people_data, frozen
     network.requires_grad_(not frozen)
     fused = FusedNetwork(network, fusion(shape=(16, 16)))
     before = network.final_layer.weight.clone(), fused.fusion.weight.clone()
-    train(fused, fusion_loss, PicturePairs(people_data), steps=2, batch=2, log=watch, progress=False)
+    train(fused, fusion_loss, PicturePairs(people_data), steps=2, batch=2, log=fitting._watch, progress=False)
     assert torch.equal(network.final_layer.weight, before[0]) == frozen
     assert not torch.equal(fused.fusion.weight, before[1])
 
@@ -314,7 +314,9 @@ def test_watch_names_weights_and_gradients_row_by_row(module):
     (weight,) = module.parameters()
     (weight.flatten() * torch.arange(9)).sum().backward()
     expected = {f"w{k}": v for k, v in enumerate(WEIGHTS.flatten().tolist())} | {f"g{k}": float(k) for k in range(9)}
-    assert watch(module) == expected
-    assert list(watch(module)) == list(expected) and all(type(v) is float for v in watch(module).values())
+    assert fitting._watch(module) == expected
+    assert list(fitting._watch(module)) == list(expected) and all(
+        type(v) is float for v in fitting._watch(module).values()
+    )
     for width in (4, 9):  # a network of nine channels has normalisations of nine parameters
-        assert watch(FusedNetwork(PoseHRNet(**TOY | {"width": width}), module)) == expected
+        assert fitting._watch(FusedNetwork(PoseHRNet(**TOY | {"width": width}), module)) == expected

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from epiutils.data import people
 from epiutils.data.dataset import MultiView
-from epiutils.data.human36m import Human36M, Instant, _archive, _check_bones
+from epiutils.data.human36m import Human36M, _archive, _check_bones, _Instant
 from epiutils.data.views import BONES, JOINTS
 
 
@@ -95,7 +95,7 @@ def cropped(x, box, size):
 def test_joints_come_back_where_opencv_projects_them(layouts, read, name, undistort):
     data, size = Human36M(layouts[name], every=1), SIZE[undistort]
     assert len(data) == 3 and data.left_out == {}
-    assert data.instants[2] == Instant(11, "Waiting", 2, 1) and str(data.instants[1]) == "S9 Directions-1 image 6"
+    assert data.instants[2] == _Instant(11, "Waiting", 2, 1) and str(data.instants[1]) == "S9 Directions-1 image 6"
     for instant, views in zip(SHOWN, read(name, undistort), strict=True):
         X = body(instant)
         assert [view.camera.name for view in views] == list(CAMERAS)
@@ -248,7 +248,7 @@ def test_the_usual_splits(tmp_path):
 def test_test_split_counts_what_is_left(tmp_path):
     for path in write_both(tmp_path, "test", sequences(11, 33) + sequences(9, 33)):  # sorted, whatever the file's order
         data = Human36M(path)
-        assert data.instants == [Instant(9, "Directions", 1, 1), Instant(11, "Directions", 1, 64 - 33 + 1)]
+        assert data.instants == [_Instant(9, "Directions", 1, 1), _Instant(11, "Directions", 1, 64 - 33 + 1)]
         assert list(data.left_out) == ["damaged sequence"] and len(data.left_out["damaged sequence"]) == 33
         whole, greeting = (
             Human36M(path, damaged=True),
@@ -262,7 +262,7 @@ def test_damaged_sequences_are_left_out(tmp_path, action, subaction):
     instants = [(s, action, b, 3) for s in (9, 11) for b in (1, 2)]
     for path in write_both(tmp_path, "test", instants):
         data, name = Human36M(path, every=1), ACTIONS[action - 2]
-        assert data.left_out == {"damaged sequence": [Instant(9, name, subaction, 3)]}
+        assert data.left_out == {"damaged sequence": [_Instant(9, name, subaction, 3)]}
         assert len(data) == 3 and len(Human36M(path, every=1, damaged=True)) == 4
 
 
@@ -270,7 +270,7 @@ def test_an_instant_without_all_cameras_is_left_out_and_named(tmp_path):
     everything = [r for r in records(SHOWN) if (r["subject"], r["camera_id"]) != (11, 0)]
     table = labels(SHOWN)
     table["table"]["bbox_by_camera_tlbr"][2, 0] = 0
-    gone = [Instant(11, "Waiting", 2, 1)]
+    gone = [_Instant(11, "Waiting", 2, 1)]
     data = Human36M(write_toolbox(tmp_path / "a", everything), every=1)
     assert data.left_out == {"no camera 54138969": gone} and len(data) == 2
     data = Human36M(write_karfly(tmp_path / "b", table), every=1)
@@ -289,8 +289,8 @@ def test_an_empty_box_is_left_out_and_named(tmp_path, field):
     if field == "scale":
         everything[5]["scale"] = (0.0, 0.0)
     data = Human36M(write_toolbox(tmp_path, everything), every=1)
-    assert data.left_out == {"empty box in 55011271": [Instant(11, "Waiting", 2, 1)]}
-    assert data.instants == [Instant(9, "Directions", 1, 1), Instant(9, "Directions", 1, 6)]
+    assert data.left_out == {"empty box in 55011271": [_Instant(11, "Waiting", 2, 1)]}
+    assert data.instants == [_Instant(9, "Directions", 1, 1), _Instant(9, "Directions", 1, 6)]
 
 
 def test_the_box_is_enough(layouts, tmp_path):

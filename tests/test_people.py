@@ -60,7 +60,7 @@ def test_motion_is_continuous_and_stays_in_the_room(action):
 @pytest.mark.parametrize("action", ACTIONS)
 def test_feet_are_on_the_floor(action):
     for subject, frame, seed in ((1, 0, 0), (7, 77, 1), (8, 500, 2), (11, 31, 3)):
-        feet = [s for s in people.solids(subject, action, frame, seed, occluders=False) if s.part.endswith("foot")]
+        feet = [s for s in people._solids(subject, action, frame, seed, occluders=False) if s.part.endswith("foot")]
         lowest = min((s.ends[:, 2] - s.radii).min() for s in feet)
         assert abs(lowest) < 1e-6
         if action not in people._TABLES.lifts and action != "sit":  # both soles
@@ -179,7 +179,7 @@ def brute_force(solid: raycast.Solid, C: np.ndarray, ray: np.ndarray) -> float:
 
 @pytest.mark.parametrize("which", [0, 1, 3])
 def test_visibility_is_what_brute_force_sees(scenes, which):
-    solids, compared = people.solids(*SCENES[which]), 0
+    solids, compared = people._solids(*SCENES[which]), 0
     for view in scenes[which]:
         camera = view.camera
         for j, name in enumerate(JOINTS):
@@ -251,7 +251,7 @@ def test_the_same_seed_gives_the_same_bytes(scenes):
     ],
 )
 def test_bad_input_is_named(arguments, message):
-    for function in (people.pose, people.scene, people.solids):
+    for function in (people.pose, people.scene, people._solids):
         with pytest.raises(ValueError, match=message):
             function(*arguments)
 

@@ -20,7 +20,7 @@ from epiutils import cameras
 from epiutils.cameras import Camera
 from epiutils.data import dataset as data_sets
 from epiutils.data import people
-from epiutils.data.dataset import SPLITS, Benchmark, Instant, MultiView
+from epiutils.data.dataset import SPLITS, Benchmark, MultiView
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import Predicted
 from epiutils.fusion import OriginalFusion
@@ -34,7 +34,6 @@ from epiutils.studies.predicted import (
     effect,
     found_by,
     freed,
-    fuse_views,
     heatmaps_once,
     kept,
     open_split,
@@ -60,7 +59,7 @@ class Sources(nn.Module):
 def test_scored_views_are_a_literal_loop(seed):
     predicted, module = made_up(seed, twice=0.5), repaired()
     before = {key: value.clone() for key, value in vars(predicted).items()}
-    right, given = found_by(module, predicted), list(fuse_views(module, predicted))
+    right, given = found_by(module, predicted), list(studied._fuse_views(module, predicted))
     with torch.no_grad():
         fused = literal_views(module, predicted.output, predicted.F)
     torch.testing.assert_close(torch.stack(given), fused, rtol=1e-4, atol=1e-4)
@@ -271,8 +270,8 @@ def test_whatever_differs_has_a_file_of_its_own(monkeypatch, tmp_path):
     checkpoint, maps = tmp_path / "weights", random_maps(2, 3)
     checkpoint.write_bytes(b"some weights")
     rng = [
-        Instant(9, "walk", 7, 3),
-        Instant(9, "walk", 7, 4),
+        data_sets._Instant(9, "walk", 7, 3),
+        data_sets._Instant(9, "walk", 7, 4),
         look_at((0, 3, 1), (0, 0, 1)),
         look_at((0, 3, 2), (0, 0, 1)),
     ]

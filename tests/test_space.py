@@ -72,7 +72,7 @@ def test_what_perfect_views_see_is_where_the_joints_are(seed, views):
 def test_candidates_hold_the_crossing_of_any_two_peaks():
     heatmaps, P, true = seen(1, shape=(60, 80), lost=0.4)
     right = (heatmaps.flatten(-2).argmax(-1) == made_up(1, 2, shape=(60, 80)).output.flatten(-2).argmax(-1)).sum(1)
-    away = (space.candidates(heatmaps, P) - true[:, :, None]).norm(dim=-1)
+    away = (space._candidates(heatmaps, P) - true[:, :, None]).norm(dim=-1)
     nearest = torch.where(away.isnan(), 9.0, away).amin(-1)
     assert (right >= 2).sum() > 3 and nearest[right >= 2].max() < 0.08
 

@@ -27,7 +27,7 @@ from epiutils.networks import loop, training
 from epiutils.networks.batchnorm import synchronised
 from epiutils.networks.hrnet import PoseHRNet, load_checkpoint, provenance
 from epiutils.networks.loop import Settings, batches, loader, make_accelerator, train
-from epiutils.networks.predict import device_name, predict, scores
+from epiutils.networks.predict import device_name, predict
 
 SCRIPT = Path(tiny_training.__file__)
 
@@ -383,7 +383,11 @@ def commanded(tmp_path_factory) -> Path:
 def test_the_commands_weights_load_with_their_provenance_and_equal_runs_give_equal_bytes(commanded, tmp_path):
     weights, told = commanded / "weights.safetensors", provenance(commanded / "weights.safetensors")
     assert_same(load_checkpoint(weights).state_dict(), state_of(commanded)["model"])
-    assert told["test"] == told["subset"] == scores(predict(load_checkpoint(weights), MultiView(scenes()[:2], size=64)))
+    assert (
+        told["test"]
+        == told["subset"]
+        == training._scores(predict(load_checkpoint(weights), MultiView(scenes()[:2], size=64)))
+    )
     assert len(told["losses"]) == 4 and told["begun_with"] is None and told["device"] == device_name()
     assert {"command", "commit", "seed", "data", "torch"} < told.keys() and "--network slim" in told["command"]
     for stop in (1, 3, 4):  # to the end, with a finished schedule

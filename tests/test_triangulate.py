@@ -6,18 +6,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from rigs import camera_pair, look_at, random_maps, world_points
+from rigs import camera_pair, look_at, world_points
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
+from epiutils import triangulate as triangulation
 from epiutils.cameras import crop_affine
-from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render, soft_argmax
+from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode, render
 from epiutils.triangulate import (
     best_subset,
     project,
-    reprojection_error,
     triangulate,
-    triangulate_heatmaps,
     triangulate_robust,
 )
 
@@ -95,7 +94,7 @@ def test_projection_is_the_cameras_and_opencvs_and_its_error_the_distance_in_px(
     offset = np.random.default_rng(seed).normal(0, 5, pixels.shape)
     offset[3, 1] = np.nan
     expected = np.hypot(offset[..., 0], offset[..., 1])
-    np.testing.assert_allclose(reprojection_error(X, pixels + offset, P), expected, atol=1e-9)
+    np.testing.assert_allclose(triangulation._reprojection_error(X, pixels + offset, P), expected, atol=1e-9)
 
 
 def test_a_point_in_or_behind_the_cameras_plane_has_no_image_whatever_the_sign_of_P():
@@ -205,7 +204,7 @@ def test_a_weight_of_2_is_four_views_and_a_large_one_has_its_way():
     expected = triangulate(points[:, four], P[four])
     np.testing.assert_allclose(triangulate(points, P, np.broadcast_to(weights, (30, 3))), expected)
     found = [triangulate(points, P, np.tile((1, w, 1), (30, 1))) for w in (1.0, 10, 100)]
-    errors = [reprojection_error(X, points, P)[:, 1].max() for X in found]
+    errors = [triangulation._reprojection_error(X, points, P)[:, 1].max() for X in found]
     assert errors[0] > 1 and errors[1] < 0.1 * errors[0] and errors[2] < 0.02 * errors[1]
 
 
@@ -368,7 +367,7 @@ def test_inliers_are_within_the_threshold_and_more_of_them_with_a_larger_one(see
     counts = []
     for threshold in (4.0, 8.0, 16.0):
         X, inliers = triangulate_robust(points, P, threshold=threshold)
-        error = reprojection_error(X, points, P)
+        error = triangulation._reprojection_error(X, points, P)
         assert error[inliers].max() < 2 * threshold and np.quantile(error[inliers], 0.95) < threshold
         assert (inliers.sum(1) != 1).all() and (np.isnan(X).any(1) == (inliers.sum(1) == 0)).all()
         counts.append(inliers.sum())
@@ -501,7 +500,7 @@ def heatmap_scene(seed, views=4, joints=5):
 
 def from_peaks(heatmaps, P, method):
     """Pixels of the network's input (J, V, 2) and the heights of their peaks (J, V), as arguments of `triangulate`."""
-    points, peaks = soft_argmax(heatmaps) if method == "soft" else decode(heatmaps, method)
+    points, peaks = decode(heatmaps, method)
     return 4 * points.transpose(0, 1).numpy(), P, peaks.T.numpy()
 
 
@@ -509,34 +508,10 @@ def from_peaks(heatmaps, P, method):
 def test_heatmaps_of_known_joints_give_them_back_as_finely_as_they_are_decoded(seed):
     X, heatmaps, P = heatmap_scene(seed)
     error = lambda Y: np.linalg.norm(Y - X.numpy(), axis=-1).max()
-    soft = triangulate_heatmaps(heatmaps, torch.from_numpy(P))
-    assert error(triangulate(*from_peaks(heatmaps, P, "dark"))) < 1e-9 and error(soft.numpy()) < 2e-3
+    assert error(triangulate(*from_peaks(heatmaps, P, "dark"))) < 1e-9
     assert error(triangulate(*from_peaks(heatmaps, P, "quarter"))) < 0.05
     assert error(triangulate(*from_peaks(heatmaps, P, "argmax"))) > 2e-3
     np.testing.assert_allclose(triangulate_robust(*from_peaks(heatmaps, P, "dark"), 5.0)[0], X, atol=1e-7)
-    single = triangulate_heatmaps(heatmaps.float(), P)
-    assert single.dtype == torch.float32
-    np.testing.assert_allclose(single, soft, atol=1e-4)
-
-
-def test_peaks_weigh_maps_without_one_are_left_out_and_batches_are_a_loop():
-    _, heatmaps, P = heatmap_scene(0)
-    heatmaps = heatmaps.roll((2, -1), (-2, -1)) * torch.tensor([1.0, 0.2, 0.6, 0.9])[:, None, None, None]
-    heatmaps[1, 2], heatmaps[0, 4] = 0, -heatmaps[0, 4]  # view 1 has no joint 2, view 0 no joint 4
-    x, _, peaks = from_peaks(heatmaps, P, "soft")
-    found = triangulate_heatmaps(heatmaps, P).numpy()
-    for j in range(5):
-        views = [v for v in range(4) if (v, j) not in ((1, 2), (0, 4))]
-        np.testing.assert_allclose(found[j], triangulate(x[j, views], P[views], peaks[j, views]), atol=1e-10)
-        assert np.abs(found[j] - triangulate(x[j, views], P[views])).max() > 1e-4
-    heatmaps[1:, 0] = 0
-    assert triangulate_heatmaps(heatmaps, P).isnan().any(-1).tolist() == [True, False, False, False, False]
-    scenes = [heatmap_scene(seed, views=3) for seed in range(4)]
-    heatmaps, P = torch.stack([scene[1] for scene in scenes]), np.stack([scene[2] for scene in scenes])
-    batched = triangulate_heatmaps(heatmaps.unflatten(0, (2, 2)), P.reshape(2, 2, 3, 3, 4))
-    looped = torch.stack([triangulate_heatmaps(h, p) for h, p in zip(heatmaps, P, strict=True)])
-    assert batched.shape == (2, 2, 5, 3)
-    np.testing.assert_allclose(batched.flatten(0, 1), looped, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -545,48 +520,11 @@ def test_a_view_with_its_peaks_elsewhere_is_rejected_only_by_the_robust_one(seed
     heatmaps[seed % 4] = heatmaps[seed % 4].roll(14, -2).roll(9, -1)
     peaks = from_peaks(heatmaps, P, "dark")
     np.testing.assert_allclose(triangulate_robust(*peaks, 12.8)[0], X, atol=1e-6)
-    for plain in (triangulate(*peaks), triangulate_heatmaps(heatmaps, P).numpy()):
-        assert np.linalg.norm(plain - X.numpy(), axis=-1).min() > 0.02
+    assert np.linalg.norm(triangulate(*peaks) - X.numpy(), axis=-1).min() > 0.02
 
 
-def test_the_soft_argmax_is_a_mean_under_softmax_and_does_not_depend_on_the_height():
-    heatmaps = random_maps(2, 3, 5, 7).abs()
-    points, peak = soft_argmax(heatmaps, sharpness=4.0)
-    np.testing.assert_allclose(peak, heatmaps.amax((-2, -1)))
-    for i, j in np.ndindex(2, 3):
-        p = np.exp(4 * heatmaps[i, j].numpy() / heatmaps[i, j].max().item())
-        mean = sum(p[y, x] * np.array((x, y)) for y, x in np.ndindex(5, 7)) / p.sum()
-        np.testing.assert_allclose(points[i, j], mean)
-    np.testing.assert_allclose(soft_argmax(1e-3 * heatmaps, 4.0)[0], points)
-    pixels = random_maps(200, 2, seed=1) + torch.tensor([24.0, 30])
-    errors = [(soft_argmax(render(pixels, HEATMAP), b)[0] - pixels).norm(dim=-1).mean() for b in (8.0, 15.0, 100.0)]
-    assert errors[1] < 0.03 and errors[0] > 0.3 and errors[2] > 0.2
-
-
-def test_gradients_through_the_soft_argmax_are_finite_differences_and_reach_every_pixel():
-    _, heatmaps, P = heatmap_scene(2, joints=2)
-    heatmaps = heatmaps[..., 8:-8, 8:-8] + 0.01 * random_maps(4, 2, 48, 32)
-    P = np.array([[1, 0, -32], [0, 1, -32], [0, 0, 1]]) @ P
-    some = heatmaps[:, :, ::9, ::11].contiguous()  # no camera took these; gradcheck needs them small
-    small = lambda maps: triangulate_heatmaps(maps, np.diag([0.1, 0.1, 1]) @ P)
-    assert small(some).isfinite().all()
-    assert torch.autograd.gradcheck(small, some.requires_grad_(), atol=1e-5)
-    heatmaps[0, 0], heatmaps[1, 1] = 0, -heatmaps[1, 1].abs()
-    maps = heatmaps.clone().requires_grad_()
-    triangulate_heatmaps(maps, P).sum().backward()
-    assert maps.grad.isfinite().all() and maps.grad.any()
-    assert not maps.grad[0, 0].any() and not maps.grad[1, 1].any() and (maps.grad[2] != 0).all()
-
-
-def test_descent_moves_pixels_towards_the_point_and_heatmaps_to_their_joints():
+def test_descent_moves_pixels_towards_the_point():
     X, points, P = (torch.from_numpy(a) for a in seen(1, sigma=5.0))
     error = lambda x: (triangulate(x, P) - X).norm(dim=-1).mean()
     (slope,) = torch.autograd.grad(error(points.requires_grad_()), points)
     assert error(points - 2e4 * slope) < 0.7 * error(points)
-    X, heatmaps, P = heatmap_scene(4)
-    error = lambda h: (triangulate_heatmaps(h, P) - X).norm(dim=-1).mean()
-    maps = start = heatmaps.roll(2, -1)
-    for _ in range(40):
-        (slope,) = torch.autograd.grad(error(maps.requires_grad_()), maps)
-        maps = (maps - 0.01 * slope.sign()).detach()
-    assert error(maps) < 0.3 * error(start)

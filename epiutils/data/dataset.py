@@ -1,6 +1,6 @@
 """What notebooks look at and what networks learn from: embedded people, recordings, and samples of several views.
 
-What is filmed, a `Performance`, a `Recording` or a subject's part of `Human36M`, has V `cameras`, of the uncropped
+What is filmed, an embedded performance, a `Recording` or a subject's part of `Human36M`, has V `cameras`, of the uncropped
 pictures; J names of `joints` and pairs of their numbers, `bones`; the numbers (T,) of its `frames`; `views(frame)`, the
 Views of one instant, cropped; and `detections` (V, T, J, 3), x and y in px of the uncropped pictures and a confidence
 from 0 to 1, exact projections where the joints are known.
@@ -52,7 +52,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True)
-class Performance:
+class _Performance:
     """An embedded person who performs one action before four cameras."""
 
     subject: int = 9
@@ -83,20 +83,22 @@ class Performance:
 
 def open_dataset(
     recording: str = "", subject: int = 9, action: str = "walk", seed: int = 0, **options
-) -> Performance | Recording | Human36M:
+) -> _Performance | Recording | Human36M:
     """The recording, or the subject's part of Human3.6M, in that folder; an embedded person where the name is empty.
 
     options: for `read_recording`, such as cameras="cam01,cam02" or person=1.
     """
     if not recording:
-        return Performance(subject, action, seed)
+        return _Performance(subject, action, seed)
     if not human36m.is_there(recording):
         return read_recording(recording, **options)
     split = "test" if subject in human36m.SPLITS["test"][0] else "train"
     return Human36M(recording, split, subjects=(subject,))
 
 
-def best_instant(data: Performance | Recording | Human36M, near: int) -> tuple[Performance | Recording | Human36M, int]:
+def _best_instant(
+    data: _Performance | Recording | Human36M, near: int
+) -> tuple[_Performance | Recording | Human36M, int]:
     """Of the frames in which most cameras see the person, the one nearest to a number; and the data of these cameras."""
     seen = np.isfinite(data.detections[..., 0]).sum(-1) > 1  # (V, T): enough to place a crop
     best = np.flatnonzero(seen.sum(0) == seen.sum(0).max())
@@ -108,13 +110,13 @@ def best_instant(data: Performance | Recording | Human36M, near: int) -> tuple[P
 
 def open_instant(
     frame: int, recording: str = "", subject: int = 9, action: str = "walk", **options
-) -> tuple[Performance | Recording | Human36M, int]:
-    """`open_dataset`, and its `best_instant` near a frame."""
-    return best_instant(open_dataset(recording, subject, action, **options), frame)
+) -> tuple[_Performance | Recording | Human36M, int]:
+    """`open_dataset`, and its `_best_instant` near a frame."""
+    return _best_instant(open_dataset(recording, subject, action, **options), frame)
 
 
 @dataclass(frozen=True)
-class Instant:
+class _Instant:
     """One instant of the embedded benchmark: the arguments of `people.scene`."""
 
     subject: int
@@ -123,14 +125,14 @@ class Instant:
     seed: int
 
 
-def _instants(split: str) -> list[Instant]:
+def _instants(split: str) -> list[_Instant]:
     """The instants of a split, in order; "test" is the beginning of "test-large"."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
     subjects, performances, frames, first = SPLITS[split]
     seeds = itertools.count(first)
     return [
-        Instant(subject, action, 7 + 59 * k, seed)
+        _Instant(subject, action, 7 + 59 * k, seed)
         for subject in subjects
         for _ in range(performances)
         for action, seed in zip(people.ACTIONS, seeds, strict=False)
@@ -204,7 +206,7 @@ class Benchmark(Sequence):
     def _render(self, index: int) -> None:
         self[index]
 
-    def _path(self, instant: Instant) -> Path:
+    def _path(self, instant: _Instant) -> Path:
         kind = "png" if self.lossless else "jpg"
         return self.folder / f"s{instant.subject:02d}_{instant.action}_{instant.seed}_{instant.frame:03d}_{kind}.npz"
 

@@ -39,7 +39,7 @@ _FROM_TOOLBOX = np.array([3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13,
 _FROM_KARFLY = np.argsort(_FROM_TOOLBOX)
 
 
-class Instant(NamedTuple):
+class _Instant(NamedTuple):
     """One instant of Human3.6M; subaction is 1 or 2, and images are counted from 1."""
 
     subject: int
@@ -93,7 +93,7 @@ class Human36M(Sequence):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self.path, self.split, self.undistort, self.size, self.margin = Path(path), split, undistort, size, margin
         self.file, read, self.root = _find(self.path, split)
-        groups: dict[Instant, list[dict | None]] = {}
+        groups: dict[_Instant, list[dict | None]] = {}
         for instant, v, record in read(self.file):
             if instant.subject not in wanted:
                 continue
@@ -104,7 +104,7 @@ class Human36M(Sequence):
         if missing := set(subjects or ()) - {instant.subject for instant in groups}:
             raise ValueError(f"{self.file}: nothing of subjects {sorted(missing)}")
 
-        self.left_out: dict[str, list[Instant]] = {}
+        self.left_out: dict[str, list[_Instant]] = {}
         kept = []
         for instant in sorted(groups):  # alphabetic order is the actions' order
             harmed = instant[:3] in _DAMAGED and not damaged
@@ -178,7 +178,7 @@ def _find(path: Path, split: str) -> tuple[Path, Callable, Path]:
     raise FileNotFoundError(f"{path}: no {' or '.join(places)} beside the annotations {files[0].relative_to(path)}")
 
 
-def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
+def _read_toolbox(file: Path) -> Iterator[tuple[_Instant, int, dict]]:
     """The pickle's records as they are: a dict for each picture, with its instant and the camera's number."""
     records = unpickle(file)
     numbers = ("subject", "action", "subaction", "image_id", "camera_id")
@@ -195,10 +195,10 @@ def _read_toolbox(file: Path) -> Iterator[tuple[Instant, int, dict]]:
             raise ValueError(
                 f"{where}: expected whole numbers, action 2 to 16, camera_id 0 to 3: {numbers} are {found!s:.200}"
             )
-        yield Instant(int(subject), _ACTIONS[action - 2], int(subaction), int(image)), int(v), record
+        yield _Instant(int(subject), _ACTIONS[action - 2], int(subaction), int(image)), int(v), record
 
 
-def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
+def _read_karfly(file: Path) -> Iterator[tuple[_Instant, int, dict]]:
     """The rows of the table, each as four records like the toolbox's, with a Camera and with keypoints in the world."""
     labels = unpickle(file)
     with reading(file, "the labels of learnable-triangulation-pytorch"):
@@ -214,7 +214,7 @@ def _read_karfly(file: Path) -> Iterator[tuple[Instant, int, dict]]:
         order = zip(*(rows[f].tolist() for f in ("subject_idx", "action_idx", "frame_idx")), strict=True)
         for row, (s, a, frame) in enumerate(order):
             subject, (action, subaction, sequence) = labels["subject_names"][s], sequences[a]
-            instant = Instant(int(subject[1:]), action, int(subaction), frame + 1)
+            instant = _Instant(int(subject[1:]), action, int(subaction), frame + 1)
             for v, camera in enumerate(_CAMERAS):
                 image = f"processed/{subject}/{sequence}/imageSequence/{camera}/img_{frame + 1:06d}.jpg"
                 record = {"image": image, "box": boxes[row, v], "camera": cameras[s][v], "keypoints": rows[row]}

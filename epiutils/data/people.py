@@ -19,17 +19,7 @@ import cv2
 import numpy as np
 
 from epiutils.cameras import Camera, crop_affine
-from epiutils.data.raycast import (
-    ROOM,
-    Solid,
-    ball,
-    box,
-    cone,
-    plain,
-    render,
-    room,
-    shadow_map,
-)
+from epiutils.data.raycast import ROOM, Room, Solid, plain, render
 from epiutils.data.views import JOINTS, View
 
 _FPS = 50
@@ -289,13 +279,13 @@ def _body(subject: int, action: str, seed: int, p: dict, f: dict) -> list[Solid]
     skin, hair, (arm, leg) = np.array(who["skin"]), np.array(who["hair_colour"]), who["cover"]
     pelvis, waist, chest, root, belly, neck = f["pelvis"], f["waist"], f["chest"], p["root"], p["belly"], p["neck"]
     at = lambda point, frame, *v: point + frame @ (h * np.array(v))
-    limb = lambda part, a, b, ra, rb, x, *paint, **more: cone(a, b, ra * w, rb * w, x, *paint, part=part, **more)
+    limb = lambda part, a, b, ra, rb, x, *paint, **more: Solid.cone(a, b, ra * w, rb * w, x, *paint, part=part, **more)
     solids = [
-        ball(at(root, pelvis, 0, 0, 0.012), pelvis, (0.066 * w, 0.094 * w, 0.072 * h), _trousers, trousers,
+        Solid.ball(at(root, pelvis, 0, 0, 0.012), pelvis, (0.066 * w, 0.094 * w, 0.072 * h), _trousers, trousers,
              (0.85, 0.78, 0.5), part="torso"),
         limb("torso", at(root, waist, 0, 0, 0.04), belly, 0.082, 0.081, waist[:, 0], _shirt, *shirt, skin,
              setting=(style, n["belly"] - 0.04 * h + n["chest"] - 0.055 * h), flat=0.74),
-        cone(at(belly, chest, 0, 0, -0.02), at(neck, chest, 0, 0, -0.055), 0.081 * w, 0.093 * w * who["shoulders"],
+        Solid.cone(at(belly, chest, 0, 0, -0.02), at(neck, chest, 0, 0, -0.055), 0.081 * w, 0.093 * w * who["shoulders"],
              chest[:, 0], _shirt, *shirt, skin, part="torso", setting=(style, n["chest"] - 0.035 * h), flat=0.68),
         limb("neck", at(neck, chest, -0.01, 0, -0.01), at(neck, f["head"], 0, 0, 0.09), 0.036, 0.03, chest[:, 0], plain,
              skin),
@@ -310,12 +300,14 @@ def _body(subject: int, action: str, seed: int, p: dict, f: dict) -> list[Solid]
             limb("torso", at(neck, chest, 0, 0, -0.032), shoulder, 0.036, 0.036, chest[:, 0], plain, base),
             limb(s + "upper", shoulder, elbow, 0.036, 0.027, upper[:, 0], _limb, base, skin, setting=(arm, 0)),
             limb(s + "lower", elbow, wrist, 0.0265, 0.019, lower[:, 0], _limb, base, skin, setting=(arm - 1.05, 0)),
-            ball(at(wrist, lower, 0, 0, -0.045), lower, (0.023 * w, 0.014 * w, 0.05 * h), plain, skin, part=s + "hand"),
+            Solid.ball(
+                at(wrist, lower, 0, 0, -0.045), lower, (0.023 * w, 0.014 * w, 0.05 * h), plain, skin, part=s + "hand"
+            ),
             limb(s + "hand", *thumb, 0.011, 0.008, chest[:, 0], plain, skin),
             limb(s + "thigh", hip, knee, 0.051, 0.036, thigh[:, 0], _limb, trousers, skin, setting=(leg, 0)),
             limb(s + "shin", knee, ankle, 0.0365, 0.024, shin[:, 0], _limb, trousers, skin, setting=(leg - 1.05, 0)),
-            cone(heel, toe, n["sole"] * 1.15, n["sole"], foot[:, 2], _shoe, shoe, sole, part=s + "foot"),
-            cone(*instep, 0.025 * h, 0.024 * h, foot[:, 0], plain, shoe, part=s + "foot"),
+            Solid.cone(heel, toe, n["sole"] * 1.15, n["sole"], foot[:, 2], _shoe, shoe, sole, part=s + "foot"),
+            Solid.cone(*instep, 0.025 * h, 0.024 * h, foot[:, 0], plain, shoe, part=s + "foot"),
         ]
     return solids + _head(h, neck, f["head"], who["hair"], skin, hair)
 
@@ -323,8 +315,10 @@ def _body(subject: int, action: str, seed: int, p: dict, f: dict) -> list[Solid]
 def _head(h: float, neck: np.ndarray, F: np.ndarray, style: str, skin: np.ndarray, hair: np.ndarray) -> list[Solid]:
     """The head's solids, larger than life by a fifth so that a face is a face at 25 pixels."""
     at = lambda v: neck + F @ (h * np.array(v))
-    blob = lambda v, r, *paint, beard=0: ball(at(v), F, h * np.array(r), *paint, part="head", setting=(beard, 0))
-    lock = lambda a, b, ra, rb, **more: cone(at(a), at(b), ra * h, rb * h, F[:, 0], _strands, hair, part="head", **more)
+    blob = lambda v, r, *paint, beard=0: Solid.ball(at(v), F, h * np.array(r), *paint, part="head", setting=(beard, 0))
+    lock = lambda a, b, ra, rb, **more: Solid.cone(
+        at(a), at(b), ra * h, rb * h, F[:, 0], _strands, hair, part="head", **more
+    )
     brows, warm = np.array((0.1, 0.08, 0.07)) if style == "cap" else hair, skin * (0.95, 0.84, 0.8)
     top = blob((-0.015, 0, 0.133), (0.058, 0.057, 0.066), _strands, hair)
     back = blob((-0.02, 0, 0.108), (0.05, 0.056, 0.07), _strands, hair)
@@ -350,18 +344,18 @@ def _piece(name: str, at: np.ndarray, yaw: float, size: Sequence[float], rng: np
     colour = np.array(colours[rng.integers(len(colours))]) * rng.uniform(0.85, 1.1)
     accent = np.array(accents[rng.integers(len(accents))])
     place = lambda x, y, z: np.round(np.array([*at, 0.0]) + F @ (x, y, z), 9)
-    block = lambda x, y, z, half, paint=_wood, c=(colour, accent): box(place(x, y, z), F, half, paint, *c)
+    block = lambda x, y, z, half, paint=_wood, c=(colour, accent): Solid.box(place(x, y, z), F, half, paint, *c)
     if name == "cabinet":
         return [block(0, 0, h / 2, (a, b, h / 2), _doors), block(0, 0, h, (a + 0.015, b + 0.015, 0.014))]
     if name == "crate":
         return [block(0, 0, h / 2, (a, b, h / 2)), block(0, 0, h / 2, (a + 0.004, b + 0.004, 0.05), plain, (accent,))]
     if name == "plant":
         green, up = np.array((0.24, 0.46, 0.25)) * rng.uniform(0.8, 1.25), place(0, 0, 0.3)
-        solids = [cone(place(0, 0, 0.06), up, 0.13, 0.17, F[:, 0], plain, accent)]
+        solids = [Solid.cone(place(0, 0, 0.06), up, 0.13, 0.17, F[:, 0], plain, accent)]
         for k in range(7):
             tip = place(0.24 * np.cos(k * 2.4), 0.24 * np.sin(k * 2.4), h * (0.5 + 0.075 * k))
             side, leaf = F[:, 2] + 0.1 * F[:, k % 2], green * (0.85 + 0.04 * k)
-            solids.append(cone(up, tip, 0.02, 0.06, side, plain, leaf, flat=0.45))
+            solids.append(Solid.cone(up, tip, 0.02, 0.06, side, plain, leaf, flat=0.45))
         return solids
     legs = [block(sx * (a - 0.03), sy * (b - 0.03), h / 2, (0.022, 0.022, h / 2)) for sx in (-1, 1) for sy in (-1, 1)]
     solids = [*legs, block(0, 0, h - 0.02, (a, b, 0.02))]
@@ -409,11 +403,11 @@ def _held(p: dict, f: dict) -> list[Solid]:
     """The box between the hands of who carries one."""
     F, ends = f["chest"], np.stack([p[s + "wri"] - f[s + "lower"][:, 2] * 0.05 for s in "lr"])
     middle, width = ends.mean(0) + F[:, 0] * 0.03, max(np.linalg.norm(ends[0] - ends[1]) / 2 - 0.035, 0.08)
-    tape = box(middle, F, (0.112, 0.03, 0.122), plain, (0.9, 0.86, 0.72))
-    return [box(middle, F, (0.11, width, 0.12), _wood, (0.80, 0.64, 0.44)), tape]
+    tape = Solid.box(middle, F, (0.112, 0.03, 0.122), plain, (0.9, 0.86, 0.72))
+    return [Solid.box(middle, F, (0.11, width, 0.12), _wood, (0.80, 0.64, 0.44)), tape]
 
 
-def solids(subject: int, action: str, frame: int, seed: int = 0, occluders: bool = True) -> list[Solid]:
+def _solids(subject: int, action: str, frame: int, seed: int = 0, occluders: bool = True) -> list[Solid]:
     """The person at one instant, and with `occluders` the furniture and what the hands hold."""
     _check(subject, action, frame, seed)
     p, f = _instant(subject, action, frame, seed)
@@ -468,9 +462,9 @@ def scene(
     Raises ValueError for bad arguments, a lens with distortion, or a camera that does not have the person before it.
     """
     _check(subject, action, frame, seed, size)
-    X, look = pose(subject, action, frame, seed), room(seed)
-    things = solids(subject, action, frame, seed, occluders)
-    shadow = shadow_map(things, look, X[0])
+    X, look = pose(subject, action, frame, seed), Room.drawn(seed)
+    things = _solids(subject, action, frame, seed, occluders)
+    shadow = look.shadow_map(things, X[0])
     things += look.pictures
     views = []
     for number, camera in enumerate(_default_rig() if rig is None else rig):

@@ -45,25 +45,25 @@ class Solid:
         object.__setattr__(self, "ends", self.centre + (corners / scale) @ self.axes)
         object.__setattr__(self, "radii", radii)
 
+    @classmethod
+    def cone(cls, a, b, ra, rb, forward, paint, *colours, part="", setting=(0, 0), flat=1.0) -> Solid:
+        """A round cone from a (radius ra) to b (rb), local x towards `forward` and squeezed there by `flat`."""
+        length = np.sqrt((b - a) @ (b - a))
+        z = (b - a) / length
+        x = forward - z * (forward @ z)
+        x = x / np.sqrt(x @ x)
+        y = z[[1, 2, 0]] * x[[2, 0, 1]] - z[[2, 0, 1]] * x[[1, 2, 0]]  # z × x
+        return cls("cone", a, np.stack([x / flat, y, z]), (ra, rb, length), paint, colours, setting, part)
 
-def cone(a, b, ra, rb, forward, paint, *colours, part="", setting=(0, 0), flat=1.0) -> Solid:
-    """A round cone from a (radius ra) to b (rb), local x towards `forward` and squeezed there by `flat`."""
-    length = np.sqrt((b - a) @ (b - a))
-    z = (b - a) / length
-    x = forward - z * (forward @ z)
-    x = x / np.sqrt(x @ x)
-    y = z[[1, 2, 0]] * x[[2, 0, 1]] - z[[2, 0, 1]] * x[[1, 2, 0]]  # z × x
-    return Solid("cone", a, np.stack([x / flat, y, z]), (ra, rb, length), paint, colours, setting, part)
+    @classmethod
+    def ball(cls, centre, frame, radii, paint, *colours, part="", setting=(0, 0)) -> Solid:
+        """An ellipsoid with its half axes along the columns of `frame`."""
+        return cls("ball", centre, frame.T / np.asarray(radii)[:, None], (1, 1, 1), paint, colours, setting, part)
 
-
-def ball(centre, frame, radii, paint, *colours, part="", setting=(0, 0)) -> Solid:
-    """An ellipsoid with its half axes along the columns of `frame`."""
-    return Solid("ball", centre, frame.T / np.asarray(radii)[:, None], (1, 1, 1), paint, colours, setting, part)
-
-
-def box(centre, frame, half, paint, *colours) -> Solid:
-    """A box with its half sides `half` along the columns of `frame`."""
-    return Solid("box", np.asarray(centre, float), frame.T, tuple(half), paint, colours)
+    @classmethod
+    def box(cls, centre, frame, half, paint, *colours) -> Solid:
+        """A box with its half sides `half` along the columns of `frame`."""
+        return cls("box", np.asarray(centre, float), frame.T, tuple(half), paint, colours)
 
 
 # the first solid on a ray
@@ -95,7 +95,7 @@ def _windows(solids: Sequence[Solid], camera: Camera) -> np.ndarray:
     return np.stack([first, last], axis=-1).reshape(-1, 4).astype(int)
 
 
-def cast(solids: Sequence[Solid], camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+def _cast(solids: Sequence[Solid], camera: Camera) -> tuple[np.ndarray, np.ndarray]:
     """The first solid that each pixel's ray meets: a z-buffer of exact ray–solid intersections.
 
     Returns depth (H, W) float32, metres along the optical axis, inf where there is nothing, and index (H, W) int16
@@ -243,33 +243,47 @@ class Room:
     shades: np.ndarray  # (64,) brightness of the boards, tiles and stripes
     pictures: tuple[Solid, ...]
 
+    @classmethod
+    def drawn(cls, seed: int = 0) -> Room:
+        """A room drawn from a seed: lamp, walls, floor, and pictures on the walls."""
+        rng = np.random.default_rng((seed, 4))
+        azimuth, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.85)
+        light = np.round([np.cos(azimuth) * slope, np.sin(azimuth) * slope, 1.0], 9)
+        walls = ((0.92, 0.90, 0.85), (0.78, 0.85, 0.89), (0.85, 0.89, 0.78), (0.93, 0.83, 0.74), (0.74, 0.76, 0.83))
+        floors = ((0.76, 0.58, 0.41), (0.60, 0.46, 0.36), (0.68, 0.68, 0.67), (0.54, 0.59, 0.65), (0.82, 0.75, 0.63))
+        warmth, pictures = rng.uniform(-0.04, 0.04), []
+        for wall in range(4):
+            for side in (-1, 1):
+                along, up, half, tall = rng.uniform((0.65, 1.2, 0.15, 0.15), (1.5, 1.9, 0.5, 0.4)) * (side, 1, 1, 1)
+                colours, long = rng.uniform(0.25, 0.75, (3, 1)) + rng.uniform(-0.2, 0.2, (3, 3)), wall % 2
+                at = np.array((0.0, along * 2.6, up) if long else (along, 0.0, up))
+                at[1 - long] = ROOM[1 - long] * (1 if wall > 1 else -1)
+                frame = (0.02, half, tall) if long else (half, 0.02, tall)
+                pictures.append(Solid.box(np.round(at, 9), np.eye(3), frame, _picture, *colours))
+        return cls(
+            light=light / np.sqrt(light @ light),
+            lamp=rng.uniform(0.42, 0.6) * np.array((1 + warmth, 1.0, 1 - warmth)),
+            ambient=rng.uniform(0.58, 0.7) * np.array((1 - warmth / 2, 1.0, 1 + warmth / 2)),
+            wall=np.clip(np.array(walls[rng.integers(5)]) + rng.uniform(-0.06, 0.06, 3), 0, 1),
+            floor=np.clip(np.array(floors[rng.integers(5)]) + rng.uniform(-0.06, 0.06, 3), 0, 1),
+            patterns=tuple(int(v) for v in rng.integers(0, 3, 2)),
+            shades=rng.uniform(0.88, 1.06, 64).astype(np.float32),
+            pictures=tuple(pictures),
+        )
 
-def room(seed: int = 0) -> Room:
-    """A room drawn from a seed: lamp, walls, floor, and pictures on the walls."""
-    rng = np.random.default_rng((seed, 4))
-    azimuth, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.85)
-    light = np.round([np.cos(azimuth) * slope, np.sin(azimuth) * slope, 1.0], 9)
-    walls = ((0.92, 0.90, 0.85), (0.78, 0.85, 0.89), (0.85, 0.89, 0.78), (0.93, 0.83, 0.74), (0.74, 0.76, 0.83))
-    floors = ((0.76, 0.58, 0.41), (0.60, 0.46, 0.36), (0.68, 0.68, 0.67), (0.54, 0.59, 0.65), (0.82, 0.75, 0.63))
-    warmth, pictures = rng.uniform(-0.04, 0.04), []
-    for wall in range(4):
-        for side in (-1, 1):
-            along, up, half, tall = rng.uniform((0.65, 1.2, 0.15, 0.15), (1.5, 1.9, 0.5, 0.4)) * (side, 1, 1, 1)
-            colours, long = rng.uniform(0.25, 0.75, (3, 1)) + rng.uniform(-0.2, 0.2, (3, 3)), wall % 2
-            at = np.array((0.0, along * 2.6, up) if long else (along, 0.0, up))
-            at[1 - long] = ROOM[1 - long] * (1 if wall > 1 else -1)
-            frame = (0.02, half, tall) if long else (half, 0.02, tall)
-            pictures.append(box(np.round(at, 9), np.eye(3), frame, _picture, *colours))
-    return Room(
-        light=light / np.sqrt(light @ light),
-        lamp=rng.uniform(0.42, 0.6) * np.array((1 + warmth, 1.0, 1 - warmth)),
-        ambient=rng.uniform(0.58, 0.7) * np.array((1 - warmth / 2, 1.0, 1 + warmth / 2)),
-        wall=np.clip(np.array(walls[rng.integers(5)]) + rng.uniform(-0.06, 0.06, 3), 0, 1),
-        floor=np.clip(np.array(floors[rng.integers(5)]) + rng.uniform(-0.06, 0.06, 3), 0, 1),
-        patterns=tuple(int(v) for v in rng.integers(0, 3, 2)),
-        shades=rng.uniform(0.88, 1.06, 64).astype(np.float32),
-        pictures=tuple(pictures),
-    )
+    def shadow_map(self, solids: Sequence[Solid], middle: np.ndarray) -> tuple[Camera, np.ndarray]:
+        """The lamp as a camera 20 m away that sees 4.6 m around a point, and the depth buffer (208, 208) that it sees."""
+        forward = -self.light
+        right = np.cross(forward, (0.0, 1.0, 0.0))
+        right = right / np.sqrt(right @ right)
+        R, f, c, t = (
+            np.stack([right, np.cross(forward, right), forward]),
+            20 * 208 / 4.6,
+            103.5,
+            middle + 20 * self.light,
+        )
+        lamp = Camera(K=((f, 0, c), (0, f, c), (0, 0, 1)), R=R, t=-R @ t, size=(208, 208))
+        return lamp, _cast(solids, lamp)[0]
 
 
 def _walls(look: Room, C: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -298,16 +312,6 @@ def _walls(look: Room, C: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.nda
     return X, normal, np.where(floor, *colours) * shade
 
 
-def shadow_map(solids: Sequence[Solid], look: Room, middle: np.ndarray) -> tuple[Camera, np.ndarray]:
-    """The lamp as a camera 20 m away that sees 4.6 m around a point, and the depth buffer (208, 208) that it sees."""
-    forward = -look.light
-    right = np.cross(forward, (0.0, 1.0, 0.0))
-    right = right / np.sqrt(right @ right)
-    R, f, c, t = np.stack([right, np.cross(forward, right), forward]), 20 * 208 / 4.6, 103.5, middle + 20 * look.light
-    lamp = Camera(K=((f, 0, c), (0, f, c), (0, 0, 1)), R=R, t=-R @ t, size=(208, 208))
-    return lamp, cast(solids, lamp)[0]
-
-
 def _dark(lamp: Camera, shadow: np.ndarray, X: np.ndarray) -> np.ndarray:
     """Which points X (3, N) the lamp does not see: 255 in the shade, 0 in the light."""
     P, pixels = lamp.P.astype(np.float32), len(shadow)
@@ -332,12 +336,12 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A picture of solids in a room: ambient light, Lambert's law, Blinn's gloss, and soft shadows.
 
-    shadow: what `shadow_map` returns, made here around the solids where it is not given.
-    Returns image (H, W, 3) uint8 RGB, and depth and index as `cast` gives them (the room is not in them).
+    shadow: what `Room.shadow_map` returns, made here around the solids where it is not given.
+    Returns image (H, W, 3) uint8 RGB, and depth and index as `_cast` gives them (the room is not in them).
     """
-    look = look or room()
-    shadow = shadow or shadow_map(solids, look, np.mean([s.centre for s in solids] or [np.zeros(3)], axis=0))
-    depth, index = cast(solids, camera)
+    look = look or Room.drawn()
+    shadow = shadow or look.shadow_map(solids, np.mean([s.centre for s in solids] or [np.zeros(3)], axis=0))
+    depth, index = _cast(solids, camera)
     height, width = depth.shape
     a, b, c = (camera.R.T @ np.linalg.inv(camera.K)).astype(np.float32).T[..., None, None]  # (3, 1, 1) each
     u, v = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from epiutils.data.dataset import MultiView
 from epiutils.data.views import MIRRORED, Predicted
-from epiutils.heatmaps import accuracy, pck
 from epiutils.networks.hrnet import normalise
 from epiutils.networks.loop import loader
 
@@ -40,18 +39,6 @@ def predict(
         parts.append(samples)
     network.train(training)
     return Predicted(**{key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-
-
-def scores(predicted: Predicted) -> dict[str, float]:
-    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints."""
-    output, target, visible = (a.flatten(0, 1) for a in (predicted.output, predicted.target, predicted.visible))
-    hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
-    return {
-        "accuracy": accuracy(output, target),
-        "pck": pck(output, target),
-        "pck_visible": pck(output, seen),
-        "pck_occluded": pck(output, hidden),
-    }
 
 
 def device_name() -> str:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
 from epiutils.data.human36m import Human36M
-from epiutils.data.views import JOINTS
-from epiutils.heatmaps import joints_mse, position_cross_entropy
+from epiutils.data.views import JOINTS, Predicted
+from epiutils.heatmaps import accuracy, joints_mse, pck, position_cross_entropy
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
 from epiutils.networks.loop import Settings, make_accelerator, train
-from epiutils.networks.predict import device_name, predict, scores
+from epiutils.networks.predict import device_name, predict
 
 _NETWORKS = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}
 
@@ -56,6 +56,18 @@ def train_pose(
     data = MultiView(scenes, augmentation, size, seed)
     settings = {"batch": batch, "lr": lr, "warmup": warmup, "clip": 1.0, "seed": seed, "workers": workers} | settings
     return train(network, pose_loss, data, out, facts={"size": size, **vars(augmentation)} | (facts or {}), **settings)
+
+
+def _scores(predicted: Predicted) -> dict[str, float]:
+    """HRNet's accuracy, pooled PCK, and pooled PCK of visible and of occluded joints."""
+    output, target, visible = (a.flatten(0, 1) for a in (predicted.output, predicted.target, predicted.visible))
+    hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
+    return {
+        "accuracy": accuracy(output, target),
+        "pck": pck(output, target),
+        "pck_visible": pck(output, seen),
+        "pck_occluded": pck(output, hidden),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,12 +118,12 @@ def _run(chosen: argparse.Namespace) -> int:
     told = _provenance(chosen)
     scenes, few, test = _scenes(chosen)
     test, few = (MultiView(part, size=chosen.size) for part in (test, [few[i] for i in _subset(len(few))]))
-    names = scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
+    names = _scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
     epochs, rows = train_pose(
         network, scenes, chosen.out, size=chosen.size, stop=chosen.stop, workers=chosen.workers, hiding=chosen.hiding,
         **settings,
         accelerator=accelerator, facts=_facts(chosen, network, told["data"], scenes),
-        validate=lambda network: scores(predict(network, few)),
+        validate=lambda network: _scores(predict(network, few)),
     )  # fmt: skip
     if first:
         told |= {
@@ -120,7 +132,7 @@ def _run(chosen: argparse.Namespace) -> int:
             "subset": {k: epochs[-1][k] for k in names},
         }
         save_checkpoint(chosen.out / "weights.safetensors", network, **told)  # whatever becomes of the test
-        told["test"] = scores(predict(network, test, progress=True))
+        told["test"] = _scores(predict(network, test, progress=True))
         print({key: round(value, 4) for key, value in told["test"].items()})
         save_checkpoint(chosen.out / "weights.safetensors", network, **told)
     return 0

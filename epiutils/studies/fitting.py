@@ -109,9 +109,9 @@ def train_pairs(
     """Train on pairs of views as the original did: AdamW without decay, at one learning rate, on `fusion_loss`.
 
     data: `HeatmapPairs`, or `PicturePairs` for a `FusedNetwork`.  settings: of `networks.loop.train`.
-    Returns the rows of `steps.csv`, with those of `watch`.
+    Returns the rows of `steps.csv`, with those of `_watch`.
     """
-    settings = {"weight_decay": 0, "schedule": "constant", "log": watch, "progress": False} | settings
+    settings = {"weight_decay": 0, "schedule": "constant", "log": _watch, "progress": False} | settings
     return train(module, fusion_loss, data, steps=steps, batch=batch, lr=lr, **settings)[1]
 
 
@@ -130,7 +130,7 @@ def free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float = 0.0) 
     return hit_loss(model.fusion.sharpness * fused, batch["target"], batch["weight"]) + maps_loss(maps, batch, 0.5)
 
 
-def watch(module: nn.Module) -> dict[str, float]:
+def _watch(module: nn.Module) -> dict[str, float]:
     """The nine weights w0 … w8 and their gradients g0 … g8, row by row, as columns for `training.train`.
 
     module: an `OriginalFusion` or a `SimpleFusion`, or a `FusedNetwork` of one, after a backward pass.
@@ -143,7 +143,7 @@ def watch(module: nn.Module) -> dict[str, float]:
 def followed(rows: list[dict]) -> dict[str, np.ndarray]:
     """`losses` (steps,) and the nine weights with their gradients, `path` (steps, 2, 9), of the rows of `steps.csv`.
 
-    The path of a training without `watch` is empty.
+    The path of a training without `_watch` is empty.
     """
     path = [[row[f"{kind}{k}"] for k in range(9)] for row in rows if "w0" in row for kind in "wg"]
     return {"losses": np.array([row["loss"] for row in rows]), "path": np.float32(path).reshape(-1, 2, 9)}

@@ -18,7 +18,7 @@ from epiutils.data import people
 from epiutils.data.dataset import MultiView
 from epiutils.data.views import Predicted, View
 from epiutils.epipolar import transfer
-from epiutils.fusion import RepairedFusion, view_pairs
+from epiutils.fusion import RepairedFusion, pairs
 from epiutils.heatmaps import STRIDE, probabilities
 from epiutils.metrics import found
 from epiutils.networks.hrnet import load_checkpoint
@@ -69,7 +69,7 @@ def by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.nda
     shape, right = tuple(predicted.output.shape[-2:]), []
     subsets = [list(chosen) for chosen in combinations(range(predicted.output.shape[1]), views)]
     for h, F, target in zip(predicted.output, predicted.F, predicted.target, strict=True):
-        pencil = Pencil.from_fundamental(view_pairs(F[None]), shape, module.threshold)  # one for all subsets
+        pencil = Pencil.from_fundamental(F[*pairs(len(h))], shape, module.threshold)  # one for all subsets
         for chosen in subsets:
             present = torch.tensor([[v in chosen for v in range(len(h))]])
             right.append(found(module.all_views(h[None], pencil, present)[0, chosen], target[chosen]))

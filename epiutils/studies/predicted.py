@@ -204,7 +204,7 @@ def freed(
 
 
 @torch.no_grad()
-def fuse_views(module: nn.Module | None, predicted: Predicted) -> Iterator[Tensor]:
+def _fuse_views(module: nn.Module | None, predicted: Predicted) -> Iterator[Tensor]:
     """Every instant's heatmaps (V, J, H, W) in order, all views fused with each other by `module.all_views`.
 
     module: None for the heatmaps alone.
@@ -215,7 +215,7 @@ def fuse_views(module: nn.Module | None, predicted: Predicted) -> Iterator[Tenso
 
 def found_by(module: nn.Module | None, predicted: Predicted) -> np.ndarray:
     """Which joints are found where a module fuses all views with each other, see `metrics.found`: (N, V, J)."""
-    return np.stack([found(m, t) for m, t in zip(fuse_views(module, predicted), predicted.target, strict=True)])
+    return np.stack([found(m, t) for m, t in zip(_fuse_views(module, predicted), predicted.target, strict=True)])
 
 
 def peaks(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +255,7 @@ def triangulated(
     "weighted" and "robust", by the heights of their peaks.
     """
     each = []
-    for maps in fuse_views(module, predicted):
+    for maps in _fuse_views(module, predicted):
         sharpness = getattr(module, "sharpness", None)
         each.append(peaks(maps if sharpness is None else probabilities(maps, sharpness.detach())))
     x, heights = (np.stack(parts) for parts in zip(*each, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epiutils.epipolar import epipolar_lines
-from epiutils.fusion import of_sources, pairs, sum_at_references, view_pairs
+from epiutils.fusion import pairs, sum_at_references
 from epiutils.heatmaps import probabilities
 from epiutils.redirect import Pencil
 
@@ -54,8 +54,9 @@ class Line(Alone):
 
     def _ridges(self, heatmaps: Tensor, F: Tensor) -> Tensor:
         """Sum, mean or maximum of each pair's source over the bands: (B, V, J, H, W) → (B, V (V − 1), J, H, W)."""
-        pencil = Pencil.from_fundamental(view_pairs(F), tuple(heatmaps.shape[-2:]), self.threshold)
-        sources = of_sources(heatmaps).flatten(0, 1)
+        source, reference = pairs(heatmaps.shape[1])
+        F, sources = F[:, source, reference].flatten(0, 1), heatmaps[:, source].flatten(0, 1)
+        pencil = Pencil.from_fundamental(F, tuple(heatmaps.shape[-2:]), self.threshold)
         if self.collect == "max":
             ridges = pencil.max(sources).clamp_min(torch.finfo(sources.dtype).min)
             ridges = ridges.where(pencil.count[:, None] > 0, 0.0)
@@ -87,7 +88,7 @@ class WeightedMax(Line):
         entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])
         others = sum_at_references(ridges).flatten(-2).gather(-1, at[..., None])[..., 0] / (heatmaps.shape[1] - 1)
         trust = self.trust(torch.stack([peak, entropy, others], -1)).exp()  # (B, V, J, 1)
-        said = self.gain * of_sources(trust)[..., None] * ridges
+        said = self.gain * trust[:, pairs(heatmaps.shape[1])[0], ..., None] * ridges
         return trust[..., None] * heatmaps + sum_at_references(said)
 
 
@@ -110,7 +111,7 @@ class Attention(Alone):
         B, V, J, height, width = heatmaps.shape
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         pixels = torch.stack([x, y], -1).reshape(-1, 2).to(F)  # (N, 2)
-        lines = epipolar_lines(view_pairs(F).mT, pixels).to(heatmaps)  # (B · P, N, 3) in the source
+        lines = epipolar_lines(F[:, *pairs(V)].flatten(0, 1).mT, pixels).to(heatmaps)  # (B · P, N, 3) in the source
         grid = _along(lines, (height, width), self.samples)  # (B · P, N, K, 2)
         sources, references = (heatmaps[:, index].flatten(0, 1) for index in pairs(V))
         v = nn.functional.grid_sample(sources, grid, align_corners=True)  # (B · P, J, N, K)
@@ -135,7 +136,7 @@ class Dense(Alone):
         self.matrices = nn.Parameter(torch.zeros(views * (views - 1), pixels, pixels))
 
     def all_views(self, heatmaps: Tensor, F: Tensor) -> Tensor:
-        sources = of_sources(heatmaps).flatten(-2)  # (B, P, J, N)
+        sources = heatmaps[:, pairs(heatmaps.shape[1])[0]].flatten(-2)  # (B, P, J, N)
         ridges = torch.einsum("bpjn,pnm->bpjm", sources, self.matrices)
         return heatmaps + sum_at_references(ridges.unflatten(-1, heatmaps.shape[-2:]))
 
