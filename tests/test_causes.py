@@ -229,7 +229,7 @@ def test_what_a_band_counts_for_divides_the_ridge_by_the_number_of_its_pixels():
     mean, even = (NormalEquations.of(pairs, per_band=count) for count in (1.0, 40.0))
     (n, s, r), F = pairs.chosen[0, 0], pairs.F[0]
     count = redirect(torch.ones(SHAPE, dtype=torch.float64), F, 1.0).clamp_min(1)
-    A = (redirect(causes.nine_shifts(predicted.output[n, s]), F, 1.0) / count).flatten(-2)
+    A = (redirect(causes._nine_shifts(predicted.output[n, s]), F, 1.0) / count).flatten(-2)
     weight = predicted.weight[n, r]
     gram = weight[:, None, None] * (A @ A.mT) / A.shape[-1]
     torch.testing.assert_close(mean.gram[0], gram, rtol=1e-9, atol=1e-15)
@@ -243,7 +243,7 @@ def test_the_nine_shifts_are_the_modules_windows_and_its_initial_weights_pytorch
     maps = random_maps(4, *TINY)
     for k in range(9):
         fusion = OriginalFusion(shape=TINY, initial=torch.eye(9)[k].reshape(3, 3)).double()
-        torch.testing.assert_close(causes.nine_shifts(maps)[:, k], fusion.convolve(maps).detach(), rtol=0, atol=0)
+        torch.testing.assert_close(causes._nine_shifts(maps)[:, k], fusion.convolve(maps).detach(), rtol=0, atol=0)
     for seed, weights in zip((0, 7), causes.initial_weights((0, 7)), strict=True):
         torch.manual_seed(seed)
         assert torch.equal(OriginalFusion().weight.detach().flatten(), weights)

@@ -6,7 +6,7 @@ import torch
 
 from epiutils.data.bodies import grown
 from epiutils.space import Calibration
-from epiutils.studies import evidence, real
+from epiutils.studies import real, runs
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_answers_follow_from_the_stored_maps(data, cases, name):
     """A few instants asked anew: by all methods as stored, and alone by a literal arg-max."""
     few = {key: values[4:7] for key, values in cases[name].items()}
     calibration = Calibration(*map(float, data["calibration"]))
-    given = real._answers(few, evidence.repaired("best"), calibration, grown("COCO_17"))
+    given = real._answers(few, runs.repaired("best"), calibration, grown("COCO_17"))
     stored = real.load()[1][name]
     for method, answer in given.items():
         np.testing.assert_array_equal(answer["found"], stored[method]["found"][4:7], err_msg=method)

@@ -166,14 +166,14 @@ def test_a_name_cannot_be_both_a_number_and_a_group(tmp_path, monkeypatch):
 
 def test_metrics_are_nested_sorted_rounded_and_merged(tmp_path):
     path = tmp_path / "metrics.json"
-    story.write_metrics(path, {"b.z": 1, "b.a": 2, "old.x": 3}, {"profile": "quick"})
-    story.write_metrics(path, {"b.c": 4}, {"profile": "full"})
+    story._write_metrics(path, {"b.z": 1, "b.a": 2, "old.x": 3}, {"profile": "quick"})
+    story._write_metrics(path, {"b.c": 4}, {"profile": "full"})
     assert json.loads(path.read_text()) == {
         "b": {"a": 2, "c": 4, "z": 1},
         "meta": {"profile": "full"},
         "old": {"x": 3},
     }
-    story.write_metrics(path, {"b.c.d": 5}, {}, partial=False)
+    story._write_metrics(path, {"b.c.d": 5}, {}, partial=False)
     assert json.loads(path.read_text()) == {"b": {"c": {"d": 5}}, "meta": {}, "old": {"x": 3}}
 
 
@@ -202,7 +202,7 @@ def test_publishing_replaces_figures_and_keeps_numbers_of_others(tmp_path):
     (tmp_path / "figures").mkdir()
     for name in ("05_old.png", "photo.png"):
         (tmp_path / "figures" / name).touch()
-    story.write_metrics(tmp_path / "metrics.json", {"real.x": 1, "old.x": 1}, {})
+    story._write_metrics(tmp_path / "metrics.json", {"real.x": 1, "old.x": 1}, {})
     path = notebook(tmp_path / "nb" / "01_first.ipynb", "# One")
     story.build([path], tmp_path / "out", META, partial=False, publish=tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"meta": META, "old": {"x": 1}, "real": {"x": 1}}
@@ -257,7 +257,7 @@ META = {"versions": {}, "profile": "quick", "device": "CPU"}
 
 def told(numbers, figures=(), nav=()):
     """The story's page as plain text, and its README without marks, for numbers by dotted names."""
-    page, readme = (story.story(name, numbers, list(figures), list(nav)) for name in ("story.html.j2", "README.md.j2"))
+    page, readme = (story._story(name, numbers, list(figures), list(nav)) for name in ("story.html.j2", "README.md.j2"))
     page = html.unescape(re.sub(r"<(style|nav).*?</\1>|<[^>]+>", "", page, flags=re.DOTALL))
     return " ".join(page.replace("\N{NO-BREAK SPACE}", " ").split()), " ".join(readme.replace("**", "").split())
 
@@ -283,7 +283,7 @@ def test_page_and_readme_tell_the_same_numbers_and_leave_out_what_is_missing():
 def test_the_numbers_told_are_those_of_metrics(tmp_path):
     for value, said in ((12345.6, "12,346 times"), (99, "99 times")):
         numbers = {"redirect.speedup_loop": value, "cost.loops_times_slower": 7}
-        story.write_metrics(tmp_path / "metrics.json", numbers, {})
+        story._write_metrics(tmp_path / "metrics.json", numbers, {})
         path = notebook(tmp_path / "nb" / "03_x.ipynb", "# X")
         story.build([path], tmp_path, META, partial=True, publish=tmp_path)
         assert said in (tmp_path / "README.md").read_text("utf-8").replace("**", "")
@@ -299,7 +299,7 @@ def test_the_story_shows_its_figures_once_and_in_its_order():
     nav = source | {"title": "X", "summary": "", "href": "03_x.html"}
     names = ["03_first", "07_pose", "03_ladder", "05_waterfall"]
     figures = [source | {"name": name, "caption": name, "svg": True} for name in names]
-    page, readme = (story.story(name, {}, figures, [nav]) for name in ("story.html.j2", "README.md.j2"))
+    page, readme = (story._story(name, {}, figures, [nav]) for name in ("story.html.j2", "README.md.j2"))
     order = [page.index(f'src="figures/{name}') for name in ("05_waterfall.svg", "03_ladder.svg", "07_pose.svg")]
     assert order == sorted(order) and page.index("<details>") < page.index('alt="03_first"')
     assert page.count('src="figures/05_waterfall.svg" alt="Why it failed"') == 1
@@ -601,5 +601,5 @@ def test_a_figure_is_named_by_the_heading_that_it_stands_under():
 
 def test_title_and_summary_come_from_the_first_cell():
     nb = new_notebook(cells=cells("# A *title*\n\n![picture](x.png)\n\nOne line\nand another.\n\n- no"))
-    assert pages.heading(nb) == ("A *title*", "One line and another.")
-    assert pages.heading(new_notebook()) == ("", "")
+    assert story._heading(nb) == ("A *title*", "One line and another.")
+    assert story._heading(new_notebook()) == ("", "")

@@ -12,14 +12,14 @@ from epiutils.metrics import found
 from epiutils.studies import runs
 from epiutils.studies.fitting import HeatmapPairs, train_pairs
 from epiutils.studies.predicted import found_by
-from epiutils.studies.runs import WithNext, evaluate, train_frozen
+from epiutils.studies.runs import WithNext
 from epiutils.studies.stored import load_arrays, save_arrays
 
 SHAPE = (60, 80)
 
 
 def test_perfect_heatmaps_are_found_and_triangulated():
-    scored = evaluate(None, made_up(shape=SHAPE))
+    scored = runs._evaluate(None, made_up(shape=SHAPE))
     assert scored["found"].shape == (3, 4, JOINTS) and scored["dlt_mm"].shape == (3, JOINTS)
     assert np.nanmin(scored["found"]) == 1
     assert max(scored["dlt_mm"].max(), scored["robust_mm"].max()) < 1
@@ -28,7 +28,7 @@ def test_perfect_heatmaps_are_found_and_triangulated():
 @pytest.mark.parametrize("seed", range(2))
 def test_a_lost_view_costs_plain_triangulation_more_than_the_robust_one(seed):
     predicted = made_up(seed, shape=SHAPE, lost=0.15)
-    scored = evaluate(None, predicted)
+    scored = runs._evaluate(None, predicted)
     literal = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
     np.testing.assert_array_equal(scored["found"], literal)
     assert np.nanmean(scored["found"]) < 1
@@ -40,13 +40,15 @@ def test_the_maps_of_modules_that_give_logarithms_become_probabilities_first():
     module = RepairedFusion()
     with torch.no_grad():
         module.gain.fill_(0.7)
-    scored = evaluate(module, predicted)
+    scored = runs._evaluate(module, predicted)
     assert np.nanmin(scored["found"]) == 1
     assert scored["dlt_mm"].max() < 30 and scored["robust_mm"].max() < 30
     fused = module.all_views(predicted.output, predicted.F).detach()
     p = torch.softmax(module.sharpness.detach() * fused.flatten(-2), -1).view_as(fused)
-    np.testing.assert_allclose(evaluate(None, replace(predicted, output=p))["dlt_mm"], scored["dlt_mm"], atol=1e-3)
-    assert np.abs(evaluate(None, replace(predicted, output=fused))["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
+    np.testing.assert_allclose(
+        runs._evaluate(None, replace(predicted, output=p))["dlt_mm"], scored["dlt_mm"], atol=1e-3
+    )
+    assert np.abs(runs._evaluate(None, replace(predicted, output=fused))["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -64,7 +66,7 @@ def test_each_view_is_fused_with_the_next_camera(views):
 
 def test_the_same_seed_trains_the_same_module():
     heatmaps = made_up(4, shape=SHAPE, lost=0.3)
-    modules = [train_frozen("repaired_frozen", heatmaps, seed, steps=3)[0] for seed in (0, 0, 1)]
+    modules = [runs._train_frozen("repaired_frozen", heatmaps, seed, steps=3)[0] for seed in (0, 0, 1)]
     first, again, other = ([p.detach() for p in module.parameters()] for module in modules)
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert not any(map(torch.equal, first, RepairedFusion().parameters()))
@@ -205,13 +207,14 @@ def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path
         runs.load("best")
 
 
-def test_a_stored_module_is_the_one_that_was_trained():
+def test_a_stored_module_is_the_one_that_was_trained(monkeypatch):
     module, predicted = RepairedFusion(), made_up(3, shape=SHAPE, lost=0.3)
     with torch.no_grad():
         for k, parameter in enumerate(module.parameters()):
             parameter += 0.1 * (k + 1)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()]).numpy()
-    again = runs.stored_module(weights).all_views(predicted.output, predicted.F)
+    monkeypatch.setattr(runs, "load", lambda point: {"repaired_frozen": {"weights": weights[None]}})
+    again = runs.repaired("best").all_views(predicted.output, predicted.F)
     assert torch.equal(again, module.all_views(predicted.output, predicted.F).detach())
 
 

@@ -197,14 +197,6 @@ def _setting(name: str | None, value) -> str:
 # Pages
 
 
-def heading(nb: NotebookNode) -> tuple[str, str]:
-    """A notebook's title (its first # heading) and summary (the paragraph after it), as Markdown."""
-    text = next((c.source for c in nb.cells if c.cell_type == "markdown" and c.source.lstrip().startswith("# ")), "")
-    title, _, rest = text.lstrip().removeprefix("# ").partition("\n")
-    summary = next((p for p in re.split(r"\n\s*\n", rest.strip()) if p and p[0] not in "#-*|!>`$"), "")
-    return title.strip(), " ".join(summary.split())
-
-
 def notebook_page(nb: NotebookNode, title: str, nav: list[dict], note: str = "") -> str:
     """An executed notebook as one HTML page.
 

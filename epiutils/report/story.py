@@ -42,7 +42,7 @@ def build(
     for notebook in notebooks:
         records, copy = out / "records" / f"{notebook.stem}.json", executed(out / "notebooks" / notebook.name)
         nb = copy or nbformat.read(notebook, 4)
-        title, summary = pages.heading(nb)
+        title, summary = _heading(nb)
         source = {"source": notebook.stem, "page": f"{notebook.stem}.html", "label": notebook.stem.replace("_", " ")}
         entry = source | {"title": title or source["label"], "summary": summary, "href": None, "state": "Not run yet."}
         if copy:
@@ -67,11 +67,11 @@ def build(
     said = {"figures": figures, "nav": nav, "listed": numbers, "failed": failed, "made": made}
     own = out / RECORDING / "report.json"  # of a recording: what was found on reading, and what is taken away
     own = json.loads(own.read_text("utf-8")) if own.exists() else None
-    known = write_metrics(out / "metrics.json", flat, meta, partial)
-    write(out / "index.html", story("story.html.j2", known, **said, own=own))
+    known = _write_metrics(out / "metrics.json", flat, meta, partial)
+    write(out / "index.html", _story("story.html.j2", known, **said, own=own))
     if publish:
-        known, beside = write_metrics(publish / "metrics.json", flat, meta, False), notebooks[0].parent
-        write(publish / "README.md", story("README.md.j2", known, **said, beside=os.path.relpath(beside, publish)))
+        known, beside = _write_metrics(publish / "metrics.json", flat, meta, False), notebooks[0].parent
+        write(publish / "README.md", _story("README.md.j2", known, **said, beside=os.path.relpath(beside, publish)))
         to = publish / "figures"
         to.mkdir(exist_ok=True)
         for path in (*to.glob("[0-9]*.png"), *to.glob("[0-9]*.svg")):
@@ -80,7 +80,15 @@ def build(
             shutil.copy(path, to)
 
 
-def story(template: str, numbers: dict, figures: list[dict], nav: list[dict], **said) -> str:
+def _heading(nb: nbformat.NotebookNode) -> tuple[str, str]:
+    """A notebook's title (its first # heading) and summary (the paragraph after it), as Markdown."""
+    text = next((c.source for c in nb.cells if c.cell_type == "markdown" and c.source.lstrip().startswith("# ")), "")
+    title, _, rest = text.lstrip().removeprefix("# ").partition("\n")
+    summary = next((p for p in re.split(r"\n\s*\n", rest.strip()) if p and p[0] not in "#-*|!>`$"), "")
+    return title.strip(), " ".join(summary.split())
+
+
+def _story(template: str, numbers: dict, figures: list[dict], nav: list[dict], **said) -> str:
     """What story.toml says, with its numbers put in and without what is missing, as one of the two templates has it.
 
     numbers: those of metrics.json, by dotted names.  figures: an entry {name, source, ...} a recorded figure.
@@ -141,7 +149,7 @@ def _number(value) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> dict:
+def _write_metrics(path: Path, flat: dict, meta: dict, partial: bool = True) -> dict:
     """Merge numbers, named by dotted paths, into metrics.json: nested, sorted, with `meta` as given.
 
     partial: numbers already there stay beside the new ones; otherwise a group that is written anew (the

@@ -212,7 +212,7 @@ class NormalEquations:
         shown, shifts = None, None
         for k, ((n, s, r), F) in enumerate(zip(pairs._index.T.tolist(), pairs.F, strict=True)):
             if shown != (n, s):
-                shown, shifts = (n, s), nine_shifts(maps[n, s])
+                shown, shifts = (n, s), _nine_shifts(maps[n, s])
             pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
             A = _ridge(pencil, shifts, per_band).flatten(-2)  # (J, 9, H·W)
             e = (target[n, r] - maps[n, r]).flatten(-2)[:, None]  # (J, 1, H·W)
@@ -265,7 +265,7 @@ class NormalEquations:
         return torch.stack(path, 1)
 
 
-def nine_shifts(maps: Tensor) -> Tensor:
+def _nine_shifts(maps: Tensor) -> Tensor:
     """What each of the nine weights, at 1 and alone, makes of heatmaps, row by row: (J, H, W) → (J, 9, H, W)."""
     height, width = maps.shape[-2:]
     padded = nn.functional.pad(maps, (1, 1, 1, 1))

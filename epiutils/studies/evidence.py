@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from epiutils.data import people
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
 from epiutils.data.views import BONES, Predicted
-from epiutils.fusion import RepairedFusion
 from epiutils.metrics import mpjpe
 from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
@@ -32,8 +31,7 @@ from epiutils.networks.training import maps_loss, pose_loss
 from epiutils.space import Body, Calibration, along_bones, log_evidence, modes, near_best, poses
 from epiutils.studies.parts import Parts
 from epiutils.studies.predicted import CHECKPOINTS, choose, found_back, found_by, heatmaps_once, kept, triangulated
-from epiutils.studies.runs import TRAINING, stored_module, train_frozen
-from epiutils.studies.runs import load as load_runs
+from epiutils.studies.runs import TRAINING, repaired
 from epiutils.studies.stored import load_arrays, save_arrays
 from epiutils.triangulate import triangulate
 
@@ -100,18 +98,6 @@ def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray
     right |= {"hrnet": found_by(None, seen), "repaired": found_by(module, seen)}
     true = seen.joints_3d.numpy()
     return {name: {"found": right[name], "mm": 1000 * mpjpe(X[name], true)} for name in X}
-
-
-def repaired(point: str) -> RepairedFusion:
-    """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
-    try:
-        return stored_module(load_runs(point)["repaired_frozen"]["weights"][0])
-    except FileNotFoundError:
-        seen = heatmaps_once(point, "train", TRAINING, progress=False)
-        make = lambda: train_frozen("repaired_frozen", seen, 0)[0].state_dict()
-        module = RepairedFusion()
-        module.load_state_dict(kept("repaired", [train_frozen, RepairedFusion, seen.output], make))
-        return module.requires_grad_(False)
 
 
 def _space_loss(network: nn.Module, batch: dict[str, Tensor], done: float, calibration: Calibration) -> Tensor:

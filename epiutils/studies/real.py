@@ -31,8 +31,8 @@ from epiutils.fusion import RepairedFusion
 from epiutils.networks.movenet import MoveNet, aligned
 from epiutils.redirect import Pencil
 from epiutils.space import Body, Calibration, along_bones, modes, near_best
-from epiutils.studies.evidence import repaired
 from epiutils.studies.predicted import triangulated
+from epiutils.studies.runs import repaired
 from epiutils.studies.stored import load_arrays, save_arrays
 from epiutils.triangulate import project, triangulate_robust
 

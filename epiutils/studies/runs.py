@@ -47,6 +47,7 @@ from epiutils.studies.predicted import (
     found_by,
     freed,
     heatmaps_once,
+    kept,
     open_split,
     training_pictures,
     triangulated,
@@ -111,7 +112,7 @@ FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hr
 _FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
 
 
-def train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
+def _train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
     """The module of a method, trained on the heatmaps of a frozen backbone, and its rows of `steps.csv`."""
     torch.manual_seed(seed)
     settings = {"weight_decay": 0, "seed": seed, "progress": False}
@@ -143,7 +144,7 @@ def _train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[
                         lr=1e-3 if point == "original" else 5e-4, warmup=10, clip=1.0, **settings)[1]  # fmt: skip
 
 
-def evaluate(module: nn.Module | None, predicted: Predicted) -> dict[str, np.ndarray]:
+def _evaluate(module: nn.Module | None, predicted: Predicted) -> dict[str, np.ndarray]:
     """Which joints are found in each view, and how far off they are in space, all views fused with each other.
 
     Returns found (N, V, J) of 1, 0 and nan, and the distances in mm (N, J) from the true joints to what plain
@@ -166,7 +167,7 @@ def _quality(steps: int = 600, every: int = 50) -> dict:
 
     def validate(network: nn.Module) -> dict[str, float]:
         seen = predict(network, judge)
-        module, _ = train_frozen("repaired_frozen", predict(network, learn), 0, steps=60)
+        module, _ = _train_frozen("repaired_frozen", predict(network, learn), 0, steps=60)
         return {"alone": joint_mean(found_by(None, seen)), "fused": joint_mean(found_by(module, seen))}
 
     torch.manual_seed(0)
@@ -178,7 +179,7 @@ def _quality(steps: int = 600, every: int = 50) -> dict:
 def _run(point: str, method: str, seed: int) -> dict:
     """One method at one operating point with one seed, trained and scored on the whole test set.
 
-    Returns what `evaluate` gives, and for a backbone that was trained found_unfused, of its own maps; the trained
+    Returns what `_evaluate` gives, and for a backbone that was trained found_unfused, of its own maps; the trained
     `weights` of the fusion module, the `seconds` and `losses` of the training, and for the original's modules the
     `path` (steps, 2, 9) of the nine weights and their gradients.
     """
@@ -186,26 +187,26 @@ def _run(point: str, method: str, seed: int) -> dict:
         return _quality()
     test = heatmaps_once(point, progress=False)
     if method == "hrnet":
-        return evaluate(None, test) | {"seconds": 0.0}
+        return _evaluate(None, test) | {"seconds": 0.0}
     if method in FREE:
         torch.manual_seed(seed)
         fusion = OriginalFusion()
         if method != "original_free":
-            fusion = train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
+            fusion = _train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
         start = time.perf_counter()
         model, rows = _train_free(method, point, seed, fusion)
         seconds = time.perf_counter() - start
         test = predict(model.network, MultiView(Benchmark("test")), workers=1)
         module = model.fusion.cpu()
         fused = {"original_free": WithNext(module), "hrnet_longer": None}.get(method, module)
-        scored = evaluate(fused, test)
+        scored = _evaluate(fused, test)
         if fused:
-            scored |= {"found_unfused": evaluate(None, test)["found"]}
+            scored |= {"found_unfused": _evaluate(None, test)["found"]}
     else:
         heatmaps = heatmaps_once(point, "train", TRAINING, progress=False)
         start = time.perf_counter()
-        module, rows = train_frozen(method, heatmaps, seed)
-        seconds, scored = time.perf_counter() - start, evaluate(module, test)
+        module, rows = _train_frozen(method, heatmaps, seed)
+        seconds, scored = time.perf_counter() - start, _evaluate(module, test)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     scored |= {"weights": weights.numpy() if len(weights) < 1000 else [], "seconds": seconds}
     return scored | followed(rows)
@@ -276,10 +277,16 @@ def measured(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def stored_module(weights: np.ndarray) -> RepairedFusion:
-    """The repaired module of a stored run, from its `weights` (13,)."""
+def repaired(point: str) -> RepairedFusion:
+    """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
     module = RepairedFusion()
-    nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
+    try:
+        weights = load(point)["repaired_frozen"]["weights"][0]  # (13,)
+        nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
+    except FileNotFoundError:
+        seen = heatmaps_once(point, "train", TRAINING, progress=False)
+        make = lambda: _train_frozen("repaired_frozen", seen, 0)[0].state_dict()
+        module.load_state_dict(kept("repaired", [_train_frozen, RepairedFusion, seen.output], make))
     return module.requires_grad_(False)
 
 
