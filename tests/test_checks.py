@@ -1,7 +1,9 @@
 """What of a recording does not fit together is an error or a warning; and several people are told apart."""
 
+import json
 import warnings
 from dataclasses import replace
+from itertools import combinations, product
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ from recorded import HEIGHT, WIDTH, body, camera, keypoints, write_json, write_r
 from epiutils.data.calibration import read_calib, write_calib
 from epiutils.data.recordings import read_recording
 from epiutils.data.tracks import associate
+from epiutils.epipolar import fundamental_from_cameras
 from epiutils.triangulate import triangulate
 
 
@@ -171,3 +174,75 @@ def test_association_takes_any_number_of_people_and_views():
     assert associate(cameras[:1], people[:1]).shape == (5, 1, 1)
     nobody = [[[], *view] for view in people]
     assert (associate(cameras, nobody)[:, :, 0] == -1).all()
+
+
+def best_groups(cameras, at, near=0.05):
+    """The groups of one instant, as sets of (view, place), by trying every combination, one after another."""
+
+    straight = {(v, i): cameras[v].undistort(x[:, :2]) for v, view in enumerate(at) for i, x in enumerate(view)}
+
+    F_of = {(s, r): fundamental_from_cameras(cameras[s], cameras[r]) for s, r in combinations(range(len(at)), 2)}
+
+    def extent(x):
+        return np.ptp(x[np.isfinite(x[:, 0])], 0).max()
+
+    def score(s, i, r, j):
+        x, y, c, e = straight[s, i], straight[r, j], at[s][i][:, 2], at[r][j][:, 2]
+        both = np.isfinite(x[:, 0] + y[:, 0])
+        F, w = F_of[s, r], np.minimum(c, e)[both]
+        if not both.any():
+            return 0.0
+        d = []
+        for F, p, q, size in ((F, x[both], y[both], extent(y)), (F.T, y[both], x[both], extent(x))):
+            lines = np.column_stack([p, np.ones(len(p))]) @ F.T
+            off = np.abs((lines * np.column_stack([q, np.ones(len(q))])).sum(1)) / np.hypot(*lines[:, :2].T)
+            d.append((w * np.minimum(off / size, 1)).sum() / w.sum())
+        return w.sum() * (1 - np.mean(d) / near)
+
+    left, groups = [[None, *range(len(view))] for view in at], []
+    pairs = {(s, i, r, j): score(s, i, r, j) for s, r in combinations(range(len(at)), 2)
+             for i in range(len(at[s])) for j in range(len(at[r]))}  # fmt: skip
+    while True:
+        totals = {}
+        for chosen in product(*left):
+            some = [(v, i) for v, i in enumerate(chosen) if i is not None]
+            totals[frozenset(some)] = sum(pairs[*a, *b] for a, b in combinations(some, 2))
+        best = max(totals, key=totals.get)
+        if totals[best] <= 0:
+            return {*groups, *(frozenset([(v, i)]) for v, view in enumerate(left) for i in view if i is not None)}
+        groups.append(best)
+        for v, i in best:
+            left[v].remove(i)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_instant_is_matched_as_by_trying_all_combinations(seed):
+    """Instants of different numbers of people at once, some of them seen by few, some joints unseen, one no person."""
+    rng, cameras = np.random.default_rng(seed), [camera(i) for i in range(4)]
+    people = [[] for _ in cameras]
+    for _ in range(6):
+        X = [body("BODY_25B", (0.5 * k - 0.5, rng.uniform(-0.4, 0.4), 0)) for k in range(3)]
+        for c, view in zip(cameras, people, strict=True):
+            at = [np.column_stack([c.project(x) + rng.normal(0, 1, (25, 2)), rng.uniform(0.2, 1, 25)]) for x in X]
+            at.append(np.column_stack([rng.uniform(0, 200, (25, 2)), np.full(25, 0.5)]))
+            for one in at:
+                one[rng.random(25) < 0.2] = np.nan, np.nan, 0
+            view.append([at[k] for k in rng.permutation(4)[: rng.integers(2, 5)]])
+    places = associate(cameras, people)
+    for t, at in enumerate(zip(*people, strict=True)):
+        found = {frozenset((v, i) for v, i in enumerate(row) if i >= 0) for row in places[:, :, t].tolist()}
+        assert found - {frozenset()} == best_groups(cameras, at)
+    one = [[view[5]] for view in people]
+    assert {tuple(row) for row in places[:, :, 5].tolist()} - {(-1,) * 4} == {
+        *map(tuple, associate(cameras, one)[..., 0])
+    }
+
+
+def test_more_people_than_can_be_told_apart_are_refused(tmp_path):
+    crowd(tmp_path, [(0, 0)], views=2, frames=1)
+    file = next((tmp_path / "pose" / "cam02_json").iterdir())
+    (one,) = json.loads(file.read_text())["people"]
+    for number, message in ((51, "51 people in a file of cam02"), (1001, f"{file.name}.*1001 people; more than 1000")):
+        file.write_text(json.dumps({"people": number * [one]}))
+        with pytest.raises(ValueError, match=message):
+            read_recording(tmp_path)

@@ -36,7 +36,7 @@ def check_file(path: str | os.PathLike, limit: float = float("inf"), within: str
     """
     path = Path(path)
     with reading(path, "a file that can be read"):
-        status = path.stat()
+        status = os.stat(path)
         inside = within is None or path.resolve(strict=True).is_relative_to(Path(within).resolve())
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")

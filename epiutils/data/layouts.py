@@ -9,6 +9,7 @@ systems leave there, are no data.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from epiutils.data.files import check_file, read_bytes, reading
 
 POSES = ("pose-associated", "pose-sync", "pose")
+_MOST = 1000  # people of a file
 _VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".webm")
 
 
@@ -114,42 +116,58 @@ def read_frames(entry: Path, limit: int, within: Path) -> dict[int, list[np.ndar
         raise ValueError(f"{entry} leads out of {within}: only what is inside is read")
     files = [entry] if entry.is_file() else _json(entry)
     if entry.is_file() or (len(files) == 1 and not re.search(r"\d", files[0].stem)):
-        return _of_alphapose(files[0], limit, within)
-    return {number: _of_openpose(file, limit, within) for number, file in _numbered(entry, files).items()}
+        frames = _of_alphapose(files[0], limit, within)
+    else:
+        links = {found.name for found in os.scandir(entry) if found.is_symlink()}
+        numbered = _numbered(entry, files).items()
+        frames = {n: _of_openpose(file, limit, within if file.name in links else None) for n, file in numbered}
+    return _keypoints(frames)
 
 
-def _of_openpose(file: Path, limit: int, within: Path) -> list[np.ndarray]:
-    data = read_bytes(file, limit, within if file.is_symlink() else None)
+def _of_openpose(file: Path, limit: int, within: Path | None) -> list[tuple[np.ndarray, Path, int]]:
+    """The numbers of each person of a file, the file, and the person's place in it."""
+    data = read_bytes(file, limit, within)
     with reading(file, "OpenPose's people: [pose_keypoints_2d: [x, y, c …]]"):
-        people = [
-            np.asarray(() if person == {} else person["pose_keypoints_2d"], dtype=np.float64)  # {}: not seen here
-            for person in json.loads(data)["people"]
-        ]
-    return [_keypoints(person, file, i) for i, person in enumerate(people)]
+        people = json.loads(data)["people"]
+        if len(people) > _MOST:
+            raise ValueError(f"{len(people)} people; more than {_MOST} are not read")
+        numbers = (() if person == {} else person["pose_keypoints_2d"] for person in people)  # {}: not seen here
+        return [(np.array(person, dtype=np.float64), file, i) for i, person in enumerate(numbers)]
 
 
-def _of_alphapose(file: Path, limit: int, within: Path) -> dict[int, list[np.ndarray]]:
+def _of_alphapose(file: Path, limit: int, within: Path) -> dict[int, list[tuple[np.ndarray, Path, int]]]:
     data, frames = read_bytes(file, 64 * limit, within), {}
     with reading(file, "AlphaPose's [{image_id, keypoints: [x, y, c …]}, …]"):
         for i, found in enumerate(json.loads(data)):
             digits = re.findall(r"\d+", Path(str(found["image_id"])).stem or str(found["image_id"]))
-            person = np.asarray(found["keypoints"], dtype=np.float64)
-            frames.setdefault(_number(digits[-1:], file), []).append(_keypoints(person, file, i))
+            person = np.array(found["keypoints"], dtype=np.float64)
+            frames.setdefault(_number(digits[-1:], file), []).append((person, file, i))
     return frames
 
 
-def _keypoints(person: np.ndarray, file: Path, place: int) -> np.ndarray:
-    """A person's numbers as (J, 3), checked; nan, nan, 0 where a joint is undetected, no joints where all are."""
-    if person.ndim != 1 or person.size % 3:
-        raise ValueError(f"{file}: person {place}: expected 3 numbers a keypoint, got shape {person.shape}")
-    person = person.reshape(-1, 3)
-    if person.size and not (np.abs(person).max() < 1e6 and person[:, 2].min() >= 0):
-        raise ValueError(f"{file}: person {place}: a number is not finite, a million or more, or a negative confidence")
-    unseen = person[:, 2] == 0
-    if unseen.all():
-        return person[:0]
-    person[unseen] = np.nan, np.nan, 0
-    return person
+def _keypoints(frames: dict[int, list[tuple[np.ndarray, Path, int]]]) -> dict[int, list[np.ndarray]]:
+    """Everybody's numbers as (J, 3), checked; nan, nan, 0 where a joint is undetected, no joints where all are."""
+    alike = {}  # who has as many numbers
+    for one in (one for people in frames.values() for one in people):
+        alike.setdefault(one[0].shape, []).append(one)
+    checked = {}
+    for shape, some in alike.items():
+        if len(shape) != 1 or shape[0] % 3:
+            _, file, place = some[0]
+            raise ValueError(f"{file}: person {place}: expected 3 numbers a keypoint, got shape {shape}")
+        numbers = np.stack([person for person, *_ in some]).reshape(len(some), -1, 3)
+        if shape[0]:
+            good = (np.abs(numbers) < 1e6).all((1, 2)) & (numbers[..., 2] >= 0).all(1)
+            for _, file, i in (some[n] for n in np.flatnonzero(~good)[:1]):
+                raise ValueError(
+                    f"{file}: person {i}: a number is not finite, a million or more, or a negative confidence"
+                )
+        numbers[numbers[..., 2] == 0] = np.nan, np.nan, 0
+        seen = (numbers[..., 2] > 0).any(1).tolist()
+        checked |= {
+            id(one): person if known else person[:0] for one, person, known in zip(some, numbers, seen, strict=True)
+        }
+    return {number: [checked[id(one)] for one in people] for number, people in frames.items()}
 
 
 def _numbered(folder: Path, files: list[Path]) -> dict[int, Path]:

@@ -28,7 +28,7 @@ from epiutils.data.calibration import UNITS, read_calib
 from epiutils.data.checks import check_detections, check_geometry, check_videos
 from epiutils.data.files import check_file, reading
 from epiutils.data.layouts import POSES, find_calib, find_detections, find_lags, find_videos, read_frames
-from epiutils.data.tracks import associate
+from epiutils.data.tracks import MOST, associate
 from epiutils.data.views import Predicted, View, heatmap_fundamentals
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
@@ -327,16 +327,22 @@ def _chosen(rig: Sequence[Camera], people: list, seen: np.ndarray, person: str |
     if isinstance(person, str):
         return np.array([[_choose(at, person) for at in view] for view in people])
     if below.name == POSES[0]:
-        places = max(len(at) for view in people for at in view)
-        tracks = np.array([[[k if k < len(at) and len(at[k]) else -1 for at in view] for view in people]
-                           for k in range(places)])  # fmt: skip
+        number = max(len(at) for view in people for at in view)
+        shown = {*range(min(number, 10)), *[person][: number > person]}
+        tracks = {k: np.array([[k if k < len(at) and len(at[k]) else -1 for at in v] for v in people]) for k in shown}
     elif seen.max() > 1:
-        tracks = associate(rig, people)
+        if seen.max() > MOST:
+            raise ValueError(
+                f"{below}: {seen.max()} people in a file of {rig[int(seen.max(1).argmax())].name}: of more than {MOST} "
+                'none is followed; pass person="largest" or "confident"'
+            )
+        tracks = dict(enumerate(found := associate(rig, people)))
+        number = len(found)
     else:
-        tracks = np.array([[[_choose(at, "largest") for at in view] for view in people]])
-    if person >= len(tracks):
-        known = "; ".join(f"{k} in {(track >= 0).any(0).sum()} frames" for k, track in enumerate(tracks[:10]))
-        raise ValueError(f"{below}: no person {person}: {known}{' …' * (len(tracks) > 10)}")
+        tracks, number = {0: np.array([[_choose(at, "largest") for at in view] for view in people])}, 1
+    if person >= number:
+        known = "; ".join(f"{k} in {(tracks[k] >= 0).any(0).sum()} frames" for k in range(min(number, 10)))
+        raise ValueError(f"{below}: no person {person}: {known}{' …' * (number > 10)}")
     return tracks[person]
 
 

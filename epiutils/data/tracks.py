@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -10,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from epiutils.cameras import Camera
 from epiutils.epipolar import fundamental_from_cameras
 
-_MOST = 1024  # combinations of an instant
+MOST = 50  # people of a view, so that an instant stays small
+_COMBINATIONS = 1024  # of an instant
 _NEAR = 0.05  # of a person's extent, from the epipolar lines, at which two skeletons speak neither for nor against one
 
 
@@ -26,143 +28,225 @@ def associate(cameras: Sequence[Camera], people: Sequence[Sequence[Sequence[np.n
     people: for each view and instant a list of (J, 3), nan where undetected; without joints where nobody is.
     Who is seen most comes first.
     """
-    straight = [_straight(camera, view) for camera, view in zip(cameras, people, strict=True)]
-    instants = [(t, at) for t, at in enumerate(zip(*straight, strict=True)) if any(map(len, sum(map(list, at), [])))]
-    F = np.zeros((len(cameras), len(cameras), 3, 3))
+    if not any(len(one) for view in people for at in view for one in at):
+        return np.empty((0, len(people), len(people[0])), int)
+    views, found = len(cameras), _skeletons(cameras, people)
+    F = np.zeros((views, views, 3, 3))
     for s, r in np.ndindex(F.shape[:2]):
         if s != r:
             F[s, r] = fundamental_from_cameras(cameras[s], cameras[r])
+    starts = np.flatnonzero(np.diff(found.t, prepend=-1))
     alone = []  # d of pairs of views with one person each
-    for _, at in instants[:: max(1, len(instants) // 100)]:
-        instant = _Instant(*at)
-        d, _ = instant.distances(F)
-        single = np.bincount(instant.view, minlength=len(cameras))[instant.view] == 1
-        alone += d[np.triu(single[:, None] & single, 1)].tolist()
+    for index in _alike(found, starts[:: max(1, len(starts) // 100)], views):
+        single = np.bincount(found.view[index[0]], minlength=views)[found.view[index[0]]] == 1
+        alone += _distances(found, index, F)[0][:, np.triu(single[:, None] & single, 1)].ravel().tolist()
     near = max(_NEAR, 3 * float(np.nanmedian(alone)) if np.isfinite(alone).any() else 0)
-    tracks = _Tracks(len(cameras), len(people[0]))
-    for t, at in instants:
-        instant = _Instant(*at)
-        tracks.add(instant, instant.groups(F, len(cameras), near), t)
+    groups = {}  # by the instant's first skeleton
+    for index in _alike(found, starts, views):
+        d, w = _distances(found, index, F)
+        matched = _groups(np.where(w > 0, w * (1 - d / near), 0), found.view[index[0]], views)
+        groups |= zip(index[:, 0].tolist(), matched, strict=True)
+    tracks = _Tracks(found, views, len(people[0]))
+    for start in starts.tolist():
+        tracks.add(start, groups.pop(start))
     return tracks.places()
 
 
-def _straight(camera: Camera, view: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
-    """The view's people without lens distortion, all undistorted at once."""
-    everybody = [person for people in view for person in people if len(person)]
-    if not everybody or not camera.bends:
-        return [list(people) for people in view]
-    flat = np.concatenate(everybody)
-    flat = np.column_stack([camera.undistort(flat[:, :2]), flat[:, 2]])
-    straight = iter(np.split(flat, np.cumsum([len(person) for person in everybody])[:-1]))
-    return [[next(straight) if len(person) else person for person in people] for people in view]
+@dataclass
+class _Skeletons:
+    """All N skeletons by instant, view and place (N,): xy (N, J, 2) and extent (N,) px, confidence (N, J), 0 unseen."""
+
+    t: np.ndarray
+    view: np.ndarray
+    place: np.ndarray
+    xy: np.ndarray
+    confidence: np.ndarray
+    extent: np.ndarray
 
 
-class _Instant:
-    """All skeletons of an instant: view and place (N,), xy (N, J, 2), confidence (N, J) and extent (N,) in px."""
+def _skeletons(cameras: Sequence[Camera], people: Sequence[Sequence[Sequence[np.ndarray]]]) -> _Skeletons:
+    """Everybody, without lens distortion."""
+    by_view = [[(t, i, one) for t, at in enumerate(view) for i, one in enumerate(at) if len(one)] for view in people]
+    t, view, place = np.array([(t, v, i) for v, found in enumerate(by_view) for t, i, _ in found]).T
+    order = np.lexsort((place, view, t))
+    rows = np.split(order.argsort(), np.cumsum([len(found) for found in by_view])[:-1])
+    joints = next(one for found in by_view for *_, one in found).shape[0]
+    all_of = _Skeletons(
+        t[order], view[order], place[order],
+        np.empty((len(t), joints, 2)), np.empty((len(t), joints)), np.empty(len(t)),
+    )  # fmt: skip
+    for camera, found, row in zip(cameras, by_view, rows, strict=True):
+        for part in range(0, len(row), 1 << 13):
+            at, some = row[part : part + (1 << 13)], np.stack([one for *_, one in found[part : part + (1 << 13)]])
+            xy = camera.undistort(some[..., :2]) if camera.bends else some[..., :2]
+            known = np.isfinite(xy)
+            size = np.where(known, xy, -np.inf).max(1) - np.where(known, xy, np.inf).min(1)  # −inf: nothing seen
+            all_of.xy[at], all_of.extent[at] = xy, np.maximum(size.max(1), 1.0)
+            all_of.confidence[at] = np.where(known[..., 0], some[..., 2], 0)
+    return all_of
 
-    def __init__(self, *views: list[np.ndarray]):
-        found = [(v, i, person) for v, people in enumerate(views) for i, person in enumerate(people) if len(person)]
-        self.view = np.array([v for v, _, _ in found], int)
-        self.place = np.array([i for _, i, _ in found], int)
-        joints = np.array([person for _, _, person in found]).reshape(len(found), -1, 3)
-        self.xy, self.confidence = joints[..., :2], np.where(np.isfinite(joints[..., 0]), joints[..., 2], 0)
-        known = np.isfinite(self.xy)
-        size = np.where(known, self.xy, -np.inf).max(1) - np.where(known, self.xy, np.inf).min(1)  # −inf: nothing seen
-        self.extent = np.maximum(size.max(1), 1.0)
 
-    def distances(self, F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """d (N, N), nan where no joint is in both, and w (N, N)."""
-        x = np.concatenate([self.xy, np.ones_like(self.xy[..., :1])], -1)
-        lines = x[:, None] @ F[self.view[:, None], self.view[None]].swapaxes(-1, -2)  # of n's joints, in m's view
+def _alike(found: _Skeletons, starts: np.ndarray, views: int) -> Iterator[np.ndarray]:
+    """Numbers (B, n) of the skeletons of instants that have as many people in each view, given those instants' first."""
+    ends = np.searchsorted(found.t, found.t[starts], side="right")
+    counts = np.zeros((len(starts), views), int)
+    for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        counts[b] = np.bincount(found.view[start:end], minlength=views)
+    kinds, which = np.unique(counts, axis=0, return_inverse=True)
+    for k, n in enumerate(kinds.sum(1)):
+        of_kind = starts[which.ravel() == k]
+        few = max(1, (1 << 20) // (n * n * found.xy.shape[1]))
+        for part in range(0, len(of_kind), few):
+            yield of_kind[part : part + few, None] + np.arange(n)
+
+
+def _distances(found: _Skeletons, index: np.ndarray, F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """d (B, n, n), nan where no joint is in both, and w (B, n, n), of instants whose skeletons are index (B, n)."""
+    xy, confidence, extent, view = found.xy[index], found.confidence[index], found.extent[index], found.view[index[0]]
+    x = np.concatenate([xy, np.ones_like(xy[..., :1])], -1)
+    d, total = np.empty((2, *xy.shape[:2], len(view)))
+    step = max(1, (1 << 20) // (d[:, :, 0].size * xy.shape[2]))
+    for some in (np.s_[i : i + step] for i in range(0, len(view), step)):
+        lines = x[:, some, None] @ F[view[some, None], view].swapaxes(
+            -1, -2
+        )  # (B, n, n, J, 3) of n's joints, in m's view
         with np.errstate(divide="ignore", invalid="ignore"):
-            off = np.abs(np.einsum("nmja,mja->nmj", lines, x)) / np.hypot(lines[..., 0], lines[..., 1])
-            off = np.minimum(off / self.extent[None, :, None], 1)
-        w = np.minimum(self.confidence[:, None], self.confidence[None])
-        w = np.where(np.isfinite(off), w, 0)
-        total = w.sum(-1)
-        with np.errstate(invalid="ignore"):
-            d = (np.where(w > 0, off, 0) * w).sum(-1) / np.where(total > 0, total, np.nan)
-        return (d + d.T) / 2, np.minimum(total, total.T)
+            off = np.abs(np.einsum("bnmja,bmja->bnmj", lines, x)) / np.hypot(lines[..., 0], lines[..., 1])
+            off = np.minimum(off / extent[:, None, :, None], 1)
+            w = np.minimum(confidence[:, some, None], confidence[:, None])
+            w = np.where(np.isfinite(off), w, 0)
+            total[:, some] = weight = w.sum(-1)
+            d[:, some] = (np.where(w > 0, off, 0) * w).sum(-1) / np.where(weight > 0, weight, np.nan)
+    return (d + d.swapaxes(1, 2)) / 2, np.minimum(total, total.swapaxes(1, 2))
 
-    def groups(self, F: np.ndarray, views: int, near: float) -> list[np.ndarray]:
-        """The instant's people, each as numbers of skeletons of different views."""
-        d, w = self.distances(F)
-        score = np.zeros((len(d) + 1,) * 2)  # the last: not seen
-        score[:-1, :-1] = np.where(w > 0, w * (1 - d / near), 0)
-        groups, free = [], np.ones(len(d), bool)
-        while free.any():
-            of_view = [np.flatnonzero(free & (self.view == v)) for v in range(views)]
-            if not (whole := np.prod([len(known) + 1.0 for known in of_view]) <= _MOST):
-                # one person at a time: of the best pair the one, and in other views those nearest to it
-                seed = np.unravel_index(np.where(free[:, None] & free, score[:-1, :-1], -np.inf).argmax(), d.shape)[0]
-                few = 2 if 3 ** (views - 1) <= _MOST else 1
-                of_view = [known[np.argsort(-score[seed, known], kind="stable")][:few] for known in of_view]
-                of_view[self.view[seed]] = np.array([seed])
-            of_view = [np.append(known, -1) for known in of_view]  # or not seen there
-            total, support = np.zeros(1), np.zeros((1, len(score)))  # of combinations, and from one for each skeleton
-            for v, known in enumerate(of_view):
-                total = (total[:, None] + support[:, known]).ravel()
-                if v + 1 < views:
-                    support = (support[:, None] + score[known]).reshape(len(total), -1)
-            total = total.reshape([len(known) for known in of_view])
-            while total.flat[best := total.argmax()] > 0:
-                chosen = np.unravel_index(best, total.shape)
-                group = np.array([known[i] for known, i in zip(of_view, chosen, strict=True) if known[i] >= 0])
-                groups.append(group)
-                free[group] = False
-                for v, i in enumerate(chosen):
-                    if of_view[v][i] >= 0:
-                        total[(slice(None),) * v + (i,)] = 0
+
+def _groups(score: np.ndarray, view: np.ndarray, views: int) -> list[list[np.ndarray]]:
+    """The people of each of B instants, each as numbers of skeletons of different views.
+
+    score: (B, n, n) of pairs.  view: (n,).
+    """
+    groups = [[] for _ in score]
+    score = np.pad(score, ((0, 0), (0, 1), (0, 1)))  # the last: not seen
+    free, left = np.ones((len(score), len(view)), bool), np.arange(len(score))
+    while len(left):
+        counts = np.stack([free[left][:, view == v].sum(1) for v in range(views)], 1)
+        kinds, which = np.unique(counts, axis=0, return_inverse=True)
+        again = []
+        for k, count in enumerate(kinds):
+            some = left[which.ravel() == k]
+            if not (whole := np.prod(count + 1.0) <= _COMBINATIONS):
+                some = some[: max(1, (1 << 23) // score[0].size)]
+            again.append(np.setdiff1d(left[which.ravel() == k], some))
+            table = _candidates(score[some], free[some], view, count, whole)
+            numbers = np.arange(len(some))
+            total = _totals(score[some], table)  # (B, combinations)
+            chosen = np.stack(np.unravel_index(np.arange(total.shape[1]), [one.shape[1] for one in table]))
+            while len(numbers):
+                best = total[numbers].argmax(1)
+                good = total[numbers, best] > 0
+                numbers, best = numbers[good], best[good]
+                taken = np.stack([one[numbers, of[best]] for one, of in zip(table, chosen, strict=True)], 1)
+                for b, group in zip(some[numbers].tolist(), taken, strict=True):
+                    group = group[group >= 0]
+                    groups[b].append(group)
+                    free[b, group] = False
                 if not whole:
+                    again.append(some[numbers])
                     break
-            else:
-                break
-        return groups + [np.array([n]) for n in np.flatnonzero(free)]
+                for v, (one, of) in enumerate(zip(table, chosen, strict=True)):
+                    used = (of == of[best][:, None]) & (taken[:, [v]] >= 0)
+                    total[numbers] = np.where(used, 0, total[numbers])
+        left = np.concatenate(again).astype(int)
+    for b, n in zip(*np.nonzero(free), strict=True):
+        groups[b].append(np.array([n]))
+    return groups
+
+
+def _candidates(
+    score: np.ndarray, free: np.ndarray, view: np.ndarray, count: np.ndarray, whole: bool
+) -> list[np.ndarray]:
+    """For each view the skeletons to choose from, (B, those and not seen), of instants with `count` free in each view.
+
+    All of them; or else one person at a time: of the best pair the one, and in other views those nearest to it.
+    """
+    table, rows = [], np.arange(len(score))
+    few = 2 if 3 ** (len(count) - 1) <= _COMBINATIONS else 1
+    if not whole:
+        pairs = np.where(free[:, :, None] & free[:, None], score[:, :-1, :-1], -np.inf)
+        seed = np.unravel_index(pairs.reshape(len(score), -1).argmax(1), pairs.shape[1:])[0]
+    for v, number in enumerate(count.tolist()):
+        of_view = np.flatnonzero(view == v)
+        if whole:
+            known = np.nonzero(free[:, of_view])[1].reshape(len(score), number)
+        else:
+            near = np.where(free[:, of_view], -score[rows[:, None], seed[:, None], of_view], np.inf)
+            known = np.argsort(near, 1, kind="stable")[:, : min(few, number)]
+        known = of_view[known] if number else np.zeros((len(score), 0), int)
+        if not whole and number:
+            own = view[seed] == v
+            known[own] = -1
+            known[own, 0] = seed[own]
+        table.append(np.pad(known, ((0, 0), (0, 1)), constant_values=-1))
+    return table
+
+
+def _totals(score: np.ndarray, table: list[np.ndarray]) -> np.ndarray:
+    """Σ of the scores of the pairs in every combination of one of each view's candidates, (B, combinations)."""
+    rows = np.arange(len(score))[:, None]
+    total, support = np.zeros((len(score), 1)), np.zeros((len(score), 1, score.shape[1]))  # from one for each skeleton
+    for v, known in enumerate(table):
+        total = (total[:, :, None] + support[rows, :, known].swapaxes(1, 2)).reshape(len(score), -1)
+        if v + 1 < len(table):
+            support = (support[:, :, None] + score[rows, known][:, None]).reshape(*total.shape, -1)
+    return total
 
 
 class _Tracks:
     """People followed over time: where (K, V, J, 2), when (K, V) and how large (K, V) each was seen last in each view."""
 
-    def __init__(self, views: int, instants: int):
-        self.seen, self.size, self.shape = [], [], (views, instants)
-        self.xy, self.when, self.extent = None, np.zeros((0, views)), np.ones((0, views))
+    def __init__(self, found: _Skeletons, views: int, instants: int):
+        self.found, self.shape, self.of_track, self.size = found, (views, instants), [], []
+        self.xy = np.zeros((0, views, *found.xy.shape[1:]))
+        self.when, self.extent = np.zeros((0, views)), np.ones((0, views))
 
-    def add(self, instant: _Instant, groups: list[np.ndarray], t: int) -> None:
-        """Give each group to the track that fits it best, or to a new one."""
-        views, joints = self.shape[0], instant.xy.shape[1]
-        if self.xy is None:
-            self.xy = np.zeros((0, views, joints, 2))
-        of_each = self._gain(instant, t)
+    def add(self, start: int, groups: list[np.ndarray]) -> None:
+        """Give each group of an instant, whose first skeleton is `start`, to the track that fits it best, or to a new one."""
+        found, views = self.found, self.shape[0]
+        n, t = sum(map(len, groups)), found.t[start]
+        of_each = self._gain(np.arange(start, start + n), t)
         gain = np.array([of_each[:, group].sum(1) for group in groups])  # (groups, K)
         taken = dict(zip(*linear_sum_assignment(gain, maximize=True), strict=True))
         for g, group in enumerate(groups):
             if g in taken and gain[g, taken[g]] > 0:
                 k = taken[g]
             else:
-                k = len(self.seen)
-                self.seen.append([])
+                k = len(self.of_track)
+                self.of_track.append([])
                 self.size.append(0.0)
-                self.xy = np.concatenate([self.xy, np.full((1, views, joints, 2), np.nan)])
+                self.xy = np.concatenate([self.xy, np.full((1, *self.xy.shape[1:]), np.nan)])
                 self.when = np.concatenate([self.when, np.zeros((1, views))])
                 self.extent = np.concatenate([self.extent, np.ones((1, views))])
-            v = instant.view[group]
-            self.xy[k, v], self.when[k, v], self.extent[k, v] = instant.xy[group], t, instant.extent[group]
-            self.seen[k] += [(v, t, place) for v, place in zip(v, instant.place[group], strict=True)]
-            self.size[k] += instant.extent[group].sum()
+            group = start + group
+            v = found.view[group]
+            self.xy[k, v], self.when[k, v], self.extent[k, v] = found.xy[group], t, found.extent[group]
+            self.of_track[k] += group.tolist()
+            self.size[k] += found.extent[group].sum()
 
-    def _gain(self, instant: _Instant, t: int) -> np.ndarray:
-        """Joints that a track and a skeleton both have, less what they moved (half the extent, or more later, is 1): (K, N)."""
-        v = instant.view
-        allowed = (0.5 + np.minimum(0.02 * (t - self.when[:, v]), 1)) * np.maximum(self.extent[:, v], instant.extent)
-        moved = instant.xy - self.xy[:, v]
+    def _gain(self, index: np.ndarray, t: int) -> np.ndarray:
+        """Joints that a track and a skeleton both have, less what they moved (half the extent, or more later, is 1): (K, n)."""
+        found, v = self.found, self.found.view[index]
+        allowed = (0.5 + np.minimum(0.02 * (t - self.when[:, v]), 1)) * np.maximum(
+            self.extent[:, v], found.extent[index]
+        )
+        moved = found.xy[index] - self.xy[:, v]
         off = np.hypot(moved[..., 0], moved[..., 1]) / allowed[..., None]
         return np.where(np.isfinite(off), 1 - np.minimum(off, 2), 0).sum(-1)
 
     def places(self) -> np.ndarray:
         """(K, V, T), whoever is seen most first."""
-        places = np.full((len(self.seen), *self.shape), -1)
-        order = sorted(range(len(places)), key=lambda k: (-len(self.seen[k]), -self.size[k]))
+        places = np.full((len(self.of_track), *self.shape), -1)
+        order = sorted(range(len(places)), key=lambda k: (-len(self.of_track[k]), -self.size[k]))
         for row, k in zip(places, order, strict=True):
-            v, t, place = np.array(self.seen[k]).T
-            row[v, t] = place
+            group = self.of_track[k]
+            row[self.found.view[group], self.found.t[group]] = self.found.place[group]
         return places
