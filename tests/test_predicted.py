@@ -18,8 +18,8 @@ from torch import nn
 
 from epiutils import cameras
 from epiutils.cameras import Camera
+from epiutils.data import bodies, people
 from epiutils.data import dataset as data_sets
-from epiutils.data import people
 from epiutils.data.dataset import SPLITS, Benchmark, MultiView
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import Predicted
@@ -561,3 +561,22 @@ def test_what_the_network_sees_in_human36m_is_what_it_sees_in_the_benchmark(cach
     assert math.isnan(found["accuracy_occluded"]) and found["accuracy_visible"] == found["accuracy"]
     pictures = training_pictures("train", 1, str(human36m))
     assert len(pictures) == 12 and pictures[0]["source"].shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("coco", "COCO's 17 joints .* NETWORK="), ("mpii", "16 joints, as MPII has")]
+)
+def test_a_checkpoint_of_other_joints_is_refused_before_the_work(tmp_path, monkeypatch, name, said):
+    """The shipped network, its last layer in COCO's order or MPII's: nothing is rendered but the instant that is looked at."""
+    monkeypatch.setattr(Benchmark, "prepare", lambda *args, **more: pytest.fail("work was begun"))
+    network, place = load_checkpoint(studied.CHECKPOINTS["best"]), bodies.JOINTS["HUMAN36M_17"].index
+    face = {"leye": "nose", "reye": "nose", "lear": "head", "rear": "head"}
+    order = [place(face.get(joint, joint)) for joint in bodies.JOINTS["COCO_17"]][: 16 if name == "mpii" else 17]
+    with torch.no_grad():
+        last = nn.Conv2d(network.final_layer.in_channels, len(order), 1)
+        last.weight[:], last.bias[:] = network.final_layer.weight[order], network.final_layer.bias[order]
+    network.final_layer, network.settings["joints"] = last, len(order)
+    save_checkpoint(tmp_path / f"{name}.safetensors", network)
+    for look in (heatmaps_once, freed):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors: gives {said}"):
+            look(str(tmp_path / f"{name}.safetensors"), scenes=2)

@@ -91,7 +91,7 @@ def guess_model(people: np.ndarray) -> str:
 
 
 def guess_seventeen(people: np.ndarray) -> str:
-    """Whether a network's 17 joints (N, 17, 3), nan where unseen, are in COCO's order or in Human3.6M's.
+    """Whether a network's 17 joints (N, 17, 2 or more), nan where unseen, are in COCO's order or in Human3.6M's.
 
     The first five are nose, eyes and ears there, and here hips, a knee and an ankle: how far apart they lie, over the
     extent of the person, was at most 0.17 and at least 0.41 in the medians over four cameras of embedded people.

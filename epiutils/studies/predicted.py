@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FunctionType
@@ -21,15 +22,16 @@ from torch import Tensor, nn
 
 from epiutils.cameras import Camera
 from epiutils.data import people
+from epiutils.data.bodies import guess_seventeen
 from epiutils.data.dataset import CACHE, Benchmark, MultiView
 from epiutils.data.files import code, replacing
 from epiutils.data.human36m import Human36M
-from epiutils.data.views import Predicted
+from epiutils.data.views import JOINTS, Predicted
 from epiutils.epipolar import fundamental_from_cameras
 from epiutils.fusion import OriginalFusion
 from epiutils.heatmaps import STRIDE, decode, hrnet_targets, probabilities
 from epiutils.metrics import bootstrap, found, joint_mean
-from epiutils.networks.hrnet import load_checkpoint
+from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
 from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil
@@ -124,7 +126,8 @@ def heatmaps_once(
     point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
     scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.  flip: by
     HRNet's flip test.
-    The maps are kept in half precision and given in single.  Raises ValueError for a rig and a dataset.
+    The maps are kept in half precision and given in single.  Raises ValueError for a rig and a dataset, and, before the
+    work, for a checkpoint of other joints than Human3.6M's.
     """
     if dataset and rig:
         raise ValueError(f"a rig renders the embedded people anew; those of the dataset {dataset} have their cameras")
@@ -132,15 +135,39 @@ def heatmaps_once(
     chosen = choose(data, scenes)
 
     def make() -> dict:
-        instants = torch.utils.data.Subset(data, chosen)
+        network, instants = _backbone(checkpoint, data, chosen[0]), torch.utils.data.Subset(data, chosen)
         if rig:
             instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
         elif not dataset:
             data.prepare(progress=progress, only=chosen)
-        return _halved(predict(load_checkpoint(checkpoint), MultiView(instants), progress=progress, flip=flip))
+        return _halved(predict(network, MultiView(instants), progress=progress, flip=flip))
 
     depends = [checkpoint, split, *_instants(data, chosen, rig), *(["flip"] if flip else [])]
     return _whole(kept(f"heatmaps-{checkpoint.stem}-{split}", depends, make))
+
+
+def _backbone(checkpoint: Path, data: Sequence, first: int) -> nn.Module:
+    """The network of a checkpoint, if its joints are Human3.6M's: as many, and, as far as one instant tells, in its order."""
+    network = load_checkpoint(checkpoint)
+    count, found = network.final_layer.out_channels, ""
+    if count == len(JOINTS) and checkpoint not in CHECKPOINTS.values():
+        images = np.stack([view.image for view in data[first]])
+        with torch.no_grad():
+            points, heights = decode(network(normalise(images)))
+        points[heights < 0.1] = torch.nan  # nothing found
+        with suppress(ValueError):  # it cannot be told
+            found = guess_seventeen(points.numpy())
+    if count != len(JOINTS) or found == "COCO_17":
+        what = {
+            16: "16 joints, as MPII has",
+            17: "COCO's 17 joints (the first five lie together, as nose, eyes and ears)",
+        }
+        raise ValueError(
+            f"{checkpoint}: gives {what.get(count, f'{count} joints')}; expected are Human3.6M's 17, as the truth has "
+            f"them: {', '.join(JOINTS)}. Train it to these by python -m epiutils.networks.training --init"
+            + (", or see it on a recording by make report RECORDING=… NETWORK=…" if found else "")
+        )
+    return network
 
 
 def _instants(data: Sequence, chosen: range, rig: Sequence[Camera] | None = None) -> list:
@@ -187,7 +214,7 @@ def freed(
 
     def make() -> dict:
         torch.manual_seed(0)
-        model = FusedNetwork(load_checkpoint(checkpoint), OriginalFusion(threshold)).train()
+        model = FusedNetwork(_backbone(checkpoint, data, chosen[0]), OriginalFusion(threshold)).train()
         pictures = training_pictures("train", train_scenes, dataset)
         rows = train_pairs(model, pictures, steps, batch, lr)
         if not dataset:
