@@ -15,14 +15,7 @@ from recorded import write_json, write_recording
 
 from epiutils.cameras import Camera
 from epiutils.data import dataset, people, raycast
-from epiutils.data.dataset import (
-    SPLITS,
-    Augmentation,
-    Benchmark,
-    MultiView,
-    open_dataset,
-    open_instant,
-)
+from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView, open_dataset, open_instant
 from epiutils.data.views import JOINTS
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, decode
 

@@ -13,9 +13,10 @@ from recorded import HEIGHT, WIDTH, body, write_recording
 from recorded import camera as ring
 from scipy.spatial.transform import Rotation
 
+from epiutils.data import exports
 from epiutils.data.bodies import JOINTS
 from epiutils.data.calibration import read_calib
-from epiutils.data.exports import poses_3d, write_results
+from epiutils.data.exports import write_results
 from epiutils.data.recordings import Recording, Status, read_recording
 from epiutils.triangulate import triangulate
 
@@ -35,7 +36,7 @@ TRUE = np.stack([body("BODY_25B", (0.02 * t, 0, 0)) for t in range(5)])
 
 
 def test_poses_are_the_persons_whatever_one_view_says(recording):
-    X, agree = poses_3d(recording)
+    X, agree = exports._poses_3d(recording)
     np.testing.assert_allclose(X, TRUE, atol=1e-4)
     wrong = np.zeros_like(agree)
     wrong[1, 2, 9] = wrong[3, 2, 9] = wrong[3, 4, 16] = True
@@ -49,7 +50,7 @@ def repaired(recording, folder):
 
 
 def test_detections_are_repaired_where_they_do_not_agree_and_nowhere_else(recording, tmp_path):
-    _, agree = poses_3d(recording)
+    _, agree = exports._poses_3d(recording)
     fixed, given = repaired(recording, tmp_path / "out"), recording.detections
     for v, camera in enumerate(recording.cameras):
         straight = np.concatenate([camera.undistort(given[v, ..., :2]), given[v, ..., 2:]], -1)
@@ -85,7 +86,7 @@ def read_trc(path):
 
 
 def test_poses_come_back_from_the_files_of_opensim_and_from_the_table(recording, tmp_path):
-    X, _ = poses_3d(recording)
+    X, _ = exports._poses_3d(recording)
     recording.detections[2:, 3] = recording.detections[:2, 3] = np.nan, np.nan, 0  # a frame without anybody
     trc, table = write_results(recording, tmp_path / "out", rate=50)
     assert trc.name == "trial_7-11.trc" and trc.parent.name == "pose-3d"
@@ -121,14 +122,14 @@ def test_whatever_axis_points_up_does_so_in_opensims_file_and_nothing_is_mirrore
 
 
 def test_the_folder_is_a_trial_again_and_says_what_the_poses_do(recording, tmp_path):
-    X, _ = poses_3d(recording)
+    X, _ = exports._poses_3d(recording)
     recording.detections[1, 3] = np.nan, np.nan, 0  # nobody for one camera, but in its picture
     recording.status[1, 3] = Status.NO_PERSON
     write_results(recording, tmp_path / "out")
     again = read_recording(tmp_path / "out")
     assert again.model == recording.model and (again.status == Status.OK).all()
     np.testing.assert_array_equal(again.frames, recording.frames)
-    np.testing.assert_allclose(poses_3d(again)[0], X, atol=1e-3)
+    np.testing.assert_allclose(exports._poses_3d(again)[0], X, atol=1e-3)
     np.testing.assert_allclose(
         again.detections[1, 3, :, :2], recording.cameras[1].without_distortion().project(TRUE[3]), atol=0.02
     )
@@ -219,7 +220,7 @@ def test_points_that_a_lens_brought_into_the_picture_are_in_the_larger_one_witho
     again = read_recording(tmp_path / "out")
     for c, x in zip(again.cameras, again.detections[..., :2], strict=True):
         assert (x >= 0).all() and (x <= np.array(c.size) - 1).all()
-    np.testing.assert_allclose(poses_3d(again)[0], TRUE, atol=1e-4)
+    np.testing.assert_allclose(exports._poses_3d(again)[0], TRUE, atol=1e-4)
 
 
 def test_what_was_recorded_is_not_written_over(recording):

@@ -33,9 +33,7 @@ from epiutils.studies.fitting import (
     train_pairs,
     views_loss,
 )
-from epiutils.studies.predicted import (
-    found_by,
-)
+from epiutils.studies.predicted import found_by
 
 
 def fusion(initial=WEIGHTS, shape=SHAPE, **settings) -> OriginalFusion:
@@ -296,17 +294,6 @@ def test_pairs_are_trained_on_as_the_original_did_and_followed():
     np.testing.assert_allclose(given["losses"], losses, rtol=1e-5)
     torch.testing.assert_close(modules[0].weight, modules[1].weight, rtol=1e-4, atol=1e-6)
     assert followed([{"loss": 1.0}, {"loss": 0.5}])["path"].shape == (0, 2, 9)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_network_stays_while_the_nine_weights_train(people_data, frozen):
-    network = toy()
-    network.requires_grad_(not frozen)
-    fused = FusedNetwork(network, fusion(shape=(16, 16)))
-    before = network.final_layer.weight.clone(), fused.fusion.weight.clone()
-    train(fused, fusion_loss, PicturePairs(people_data), steps=2, batch=2, log=fitting._watch, progress=False)
-    assert torch.equal(network.final_layer.weight, before[0]) == frozen
-    assert not torch.equal(fused.fusion.weight, before[1])
 
 
 @pytest.mark.parametrize("module", [fusion(), SimpleFusion(initial=WEIGHTS)], ids=lambda m: type(m).__name__)

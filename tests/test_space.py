@@ -200,14 +200,6 @@ def test_the_mode_that_fits_the_bones_is_chosen_over_a_likelier_one():
     torch.testing.assert_close(loose, torch.softmax(mass / 1.5, -1), rtol=1e-6, atol=1e-9)
 
 
-def test_poses_with_a_body_are_the_tree_over_the_modes():
-    heatmaps, P, _ = seen(5, lost=0.3)
-    body = Body.of(people_of(2)[0], TREE)
-    found = space.modes(heatmaps, P, CALIBRATION)
-    expected = space.near_best(found, space.along_bones(found, body))
-    torch.testing.assert_close(space.poses(heatmaps, P, CALIBRATION, body), expected)
-
-
 # Its three numbers
 
 

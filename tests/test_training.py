@@ -383,11 +383,8 @@ def commanded(tmp_path_factory) -> Path:
 def test_the_commands_weights_load_with_their_provenance_and_equal_runs_give_equal_bytes(commanded, tmp_path):
     weights, told = commanded / "weights.safetensors", provenance(commanded / "weights.safetensors")
     assert_same(load_checkpoint(weights).state_dict(), state_of(commanded)["model"])
-    assert (
-        told["test"]
-        == told["subset"]
-        == training._scores(predict(load_checkpoint(weights), MultiView(scenes()[:2], size=64)))
-    )
+    scored = training._scores(predict(load_checkpoint(weights), MultiView(scenes()[:2], size=64)))
+    assert told["test"] == told["subset"] == scored
     assert len(told["losses"]) == 4 and told["begun_with"] is None and told["device"] == device_name()
     assert {"command", "commit", "seed", "data", "torch"} < told.keys() and "--network slim" in told["command"]
     for stop in (1, 3, 4):  # to the end, with a finished schedule

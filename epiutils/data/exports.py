@@ -30,7 +30,7 @@ _WORDS = {"sho": "Shoulder", "elb": "Elbow", "wri": "Wrist", "hip": "Hip", "kne"
           "ear": "Ear", "bigtoe": "BigToe", "smalltoe": "SmallToe", "heel": "Heel"}  # fmt: skip
 
 
-def poses_3d(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+def _poses_3d(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     """Joints in space, (T, J, 3) metres, nan where two views do not agree; and who agreed, (V, T, J) bool.
 
     By `triangulate_robust` of the detections, undistorted and weighted by confidence; a view agrees within 3 % of the
@@ -55,7 +55,7 @@ def poses_3d(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
 def _repaired(recording: Recording, X: np.ndarray, agree: np.ndarray) -> np.ndarray:
     """The detections (V, T, J, 3), those that do not agree with the pose in space replaced by its projection.
 
-    X, agree: of `poses_3d`.  A projection is in px as recorded, lens distortion included, with the mean confidence of
+    X, agree: of `_poses_3d`.  A projection is in px as recorded, lens distortion included, with the mean confidence of
     the views that agree; what falls outside the picture, or has no pose, stays as it was detected.
     """
     fixed = recording.detections.copy()
@@ -88,7 +88,7 @@ def write_results(
     folder, names, first, last = Path(folder), recording.joints, recording.frames[0], recording.frames[-1]
     if folder.resolve() == recording.path.resolve():
         raise ValueError(f"{folder}: results beside what was recorded would replace it: choose another folder")
-    X, agree = poses_3d(recording)
+    X, agree = _poses_3d(recording)
     up = _upwards(X, names) if up == "auto" else up
     if up not in _TURN:
         raise ValueError(f'up must be "auto" or one of {", ".join(_TURN)}, got {up!r}')
