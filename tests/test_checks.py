@@ -97,6 +97,26 @@ def test_cameras_that_are_exchanged_are_told_by_pair(tmp_path):
         assert "cam01–cam03" in read_recording(tmp_path).notes[-1]
 
 
+@pytest.mark.parametrize("noise", [0, 1])
+@pytest.mark.parametrize("lag", [0, 3, -5])
+def test_a_camera_out_of_step_is_told_by_how_much(tmp_path, lag, noise):
+    rng, cameras = np.random.default_rng(0), [camera(i) for i in range(4)]
+    write_calib(calib(tmp_path), cameras)
+    for v, c in enumerate(cameras):
+        for t in range(30):
+            late = lag * (v == 2)
+            x = c.project(body("BODY_25B", (0, 0, 0.1 * np.sin(t - late))) + (0, 0.03 * (t - late), 0))
+            write_json(
+                tmp_path / "pose" / f"{c.name}_json" / f"{t:04}.json",
+                [keypoints(x + noise * rng.normal(size=x.shape), np.ones(25))],
+            )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read_recording(tmp_path)
+    told = [str(one.message) for one in said if "fits frame t of the others" in str(one.message)]
+    assert len(told) == (lag != 0) and all(f"frame t{lag:+d} of cam03 fits" in text for text in told)
+
+
 def test_keypoints_beyond_the_picture_are_told(tmp_path):
     write_recording(tmp_path, frames=range(4))
     small = [replace(c, size=(120, 150)) for c in read_calib(calib(tmp_path))]

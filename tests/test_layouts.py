@@ -1,6 +1,7 @@
 """What programs write: program × variant × (read exactly, perhaps with a warning | refused with what), and fuzz."""
 
 import json
+import re
 import shutil
 import time
 import tomllib
@@ -169,6 +170,55 @@ def empty_second(path):
         write_json(file, [])
 
 
+def in_text(camera, old, new, frame=1):
+    """Change the text of one file of detections."""
+
+    def change(path):
+        file = path / "pose" / f"{camera}_json" / f"{camera}_{frame:012}_keypoints.json"
+        file.write_text(file.read_text().replace(old, new, 1))
+
+    return change
+
+
+def unseen(value):
+    """One joint of a camera undetected, as a program writes it."""
+    return points(lambda x, v: [*x[:5], [value, value, 0], *x[6:]] if v == 1 else x)
+
+
+def everybody(people):
+    return lambda path: (
+        [file.write_text(json.dumps({"people": people})) for file in path.glob("pose/*/*.json")] and None
+    )
+
+
+def blanks(path):
+    for file in (*path.glob("pose/*/*.json"), calib(path)):
+        file.write_bytes(b"\r\n".join(line + b" \t" for line in file.read_bytes().replace(b", ", b",\n").split(b"\n")))
+
+
+def links(path):
+    """A file and a folder that are links to what lies elsewhere in the recording."""
+    files = sorted((path / "pose" / "cam02_json").iterdir())
+    files[1].rename(path / "kept.txt")
+    files[1].symlink_to(path / "kept.txt")
+    (path / "pose" / "cam03_json").rename(path / "kept")
+    (path / "pose" / "cam03_json").symlink_to("../kept")
+
+
+def link_out(path):
+    file = sorted((path / "pose" / "cam02_json").iterdir())[1]
+    file.rename(path.parent / "outside.json")
+    file.symlink_to(path.parent / "outside.json")
+
+
+def in_numbers(path):
+    """Blanks around Qualisys' numbers, and a name with blanks for the file."""
+    file = path / "calibration" / "Calib.qca.txt"
+    text = re.sub(r'"(-?[\d.e-]+)"', r'"  \1 "', file.read_text())
+    file.unlink()
+    (path / "calibration" / "My lab 2.qca.txt").write_text(text)
+
+
 def more_cameras(path):
     write_calib(calib(path), [*read_calib(calib(path)), replace(read_calib(calib(path))[0], name="cam09")])
 
@@ -197,6 +247,17 @@ READ = {  # program, variant: how the files are changed, what else the reader is
     ("OpenPose", "model told"): (nothing, {"model": "BODY_25B"}, None),
     ("OpenPose", "UTF-8 with a mark"): (encoded("utf-8-sig", "pose/*/*.json"), {}, None),
     ("OpenPose", "UTF-16"): (encoded("utf-16", "pose/*/*.json"), {}, None),
+    ("OpenPose", "NaN where nothing is seen"): (unseen(np.nan), {}, None),
+    ("OpenPose", "null where nothing is seen"): (unseen(None), {}, None),
+    ("OpenPose", "names in capitals"): (
+        lambda p: [f.rename(f.with_suffix(".JSON")) for f in p.glob("pose/*/*")] and None, {}, None),
+    ("OpenPose", "CRLF and blanks"): (blanks, {}, None),
+    ("OpenPose", "a camera lacks frames"): (
+        lambda p: [f.unlink() for f in sorted(p.glob("pose/cam02_json/*"))[1:3]] and None, {}, None),
+    ("Pose2Sim", "links inside"): (links, {}, None),
+    ("Pose2Sim", "names with blanks and dashes"): (
+        many(each(lambda t: t.update(name={"1": "Cam 10", "2": "cam-2", "3": "CAM_3 "}[t["name"][-1]])),
+             rename(cam01="cam10", cam02="Cam 2_json", cam03="cam_3_JSON")), {}, None),
     ("AlphaPose", "a file a camera"): (alphapose(), {"body": "HALPE_26"}, None),
     ("AlphaPose", "a folder a camera"): (alphapose("{}/alphapose-results.json"), {"body": "COCO_17"}, None),
     ("AlphaPose", "names of pictures"): (alphapose("{}_alphapose-results.json", ".png"), {"body": "HALPE_26"}, None),
@@ -230,12 +291,27 @@ READ = {  # program, variant: how the files are changed, what else the reader is
     ("caliscope", "camera_array.toml"): (
         many(caliscope, lambda p: calib(p).rename(p / "camera_array.toml")), {}, None),
     ("Qualisys", "Calib.qca.txt"): (qualisys, {}, None),
+    ("Qualisys", "blanks around numbers"): (many(qualisys, in_numbers), {}, None),
+    ("Qualisys", "serial numbers"): (
+        many(each(lambda t: t.update(name=f"270{t['name'][-1]}5")), qualisys), {}, "matched by order.*27015 = cam01_json"),
 }  # fmt: skip
 REFUSED = {
     ("OpenPose", "keypoints from 0 to 1"): (points(lambda x, v: x / (WIDTH, HEIGHT, 1)), {}, "cam01 within .*pixels are needed"),
     ("OpenPose", "0 to 1, one point over 1"): (points(one_over_one), {}, "cam01 within .*pixels are needed"),
     ("OpenPose", "one camera from 0 to 1"): (
         points(lambda x, v: x / (WIDTH, HEIGHT, 1) if v == 1 else x), {}, "cam02 within .*pixels are needed"),
+    ("OpenPose", "0 to 1 in one frame"): (
+        lambda p: write_json(sorted(p.glob("pose/cam03_json/*"))[2], [keypoints(np.full((25, 2), 0.4), np.ones(25))]), {},
+        r"cam03 within \[−2, 2\] in 1 of 4 frames: pixels are needed"),
+    ("OpenPose", "NaN where something is seen"): (in_text("cam02", "[", "[NaN, 1, 0.5, "), {}, "cam02_000000000001"),
+    ("OpenPose", "infinity"): (points(lambda x, v: [[np.inf, 1, 1], *x[1:]]), {}, "cam01_0.*not finite"),
+    ("OpenPose", "negative confidence"): (points(lambda x, v: x * (1, 1, -1)), {}, "cam01_0.*negative confidence"),
+    ("OpenPose", "nobody in any file"): (everybody([]), {}, "pose: no person in any file"),
+    ("Pose2Sim", "{} in every file"): (everybody([{}]), {}, "pose: no person in any file"),
+    ("Pose2Sim", "a link that leads away"): (link_out, {}, "cam02_000000000001_keypoints.json leads out of"),
+    ("Pose2Sim", "two cameras of one name"): (each(lambda t: t.update(name="cam01")), {}, "Calib.toml: two cameras share"),
+    ("Pose2Sim", "a table twice"): (
+        lambda p: calib(p).write_text(calib(p).read_text().replace("[cam02]", "[cam01]")), {}, "Calib.toml is not a TOML"),
     ("OpenPose", "pictures twice as large"): (
         points(lambda x, v: x * (2, 2, 1)), {}, r"outside its picture: they span .*the calibration says 160×240"),
     ("OpenPose", "27 keypoints"): (

@@ -40,7 +40,7 @@ def run(out, steps: int, double: bool = False, **settings) -> tuple[PoseHRNet, l
 
 def command(out, *options) -> int:
     """`python -m epiutils.networks.training` with a tiny network, on tiny data."""
-    training._NETWORKS["slim"], training._scenes = TINY, lambda chosen: (scenes(), scenes()[:2], scenes()[:2])
+    training._NETWORKS["slim"], training._scenes = TINY, lambda chosen: (scenes(), scenes()[:2])
     asked = {"--size": 64, "--steps": 4, "--batch": 2, "--every": 2, "--workers": 0} | dict(zip(*[iter(options)] * 2))
     return training.main([str(a) for option in ({"--out": out} | asked).items() for a in option])
 

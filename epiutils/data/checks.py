@@ -33,9 +33,12 @@ def check_detections(
         xy = found[np.isfinite(found[..., 0]), :2]
         if not len(xy):
             continue
-        if np.percentile(np.abs(xy), 95) <= 2:
+        seen = np.isfinite(found[..., 0]).sum(-1)  # (T,) joints
+        small = (np.abs(found[..., :2]).max(-1) <= 2).sum(-1)
+        if tiny := np.flatnonzero((seen > 4) & (small > 0.9 * seen)).tolist():
+            some = "" if len(tiny) > 0.9 * (seen > 0).sum() else f" in {len(tiny)} of {(seen > 0).sum()} frames"
             raise ValueError(
-                f"{where}: keypoints of {camera.name} within [−2, 2]: pixels are needed (OpenPose's keypoint_scale 0)"
+                f"{where}: keypoints of {camera.name} within [−2, 2]{some}: pixels are needed (OpenPose's keypoint_scale 0)"
             )
         outside = ((xy < -0.05 * np.array(camera.size)) | (xy > 1.05 * np.array(camera.size))).any(-1).mean()
         if outside > 0.2:
@@ -66,7 +69,7 @@ def check_videos(
         capture = cv2.VideoCapture(str(check_file(video, within=within)))
         try:
             if not capture.isOpened():
-                continue  # told when a picture is asked for
+                raise ValueError(f"{video} is not a video that OpenCV can read: make it anew, or take it away")
             counts[video.name] = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
             size = tuple(int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
             if size != camera.size and min(size) > 0 and size[0] * size[1] <= 1 << 26:
@@ -154,6 +157,10 @@ def check_geometry(
         f"{where}: median distance from epipolar lines, px: "
         + ", ".join(f"{name[s]}–{name[r]} {value:.1f}" for (s, r), value in off.items())
     )
+    for v in range(len(cameras)):
+        own, others = ([value for pair, value in share.items() if (v in pair) == mine] for mine in (True, False))
+        if own and others and min(own) > max(0.01, 2 * np.median(others)):
+            _check_step(cameras, detections, v, where, say)
     bad = [pair for pair, value in share.items() if not value <= OFF]
     if bad:
         if number >= 50:
@@ -181,3 +188,30 @@ def check_geometry(
     chosen = min(fits, key=lambda u: abs(np.log(fits[u] / 1.7)))
     say(f"{text}: its unit is taken for {chosen}, which makes {fits[chosen]:.2f} m; pass unit= to say it")
     return [replace(camera, t=UNITS[chosen] * camera.t) for camera in cameras]
+
+
+def _check_step(
+    cameras: list[Camera], detections: np.ndarray, v: int, where: Path, say: Callable[[str], None], most: int = 30
+) -> None:
+    """Tell `say` if camera v, some frames earlier or later, at most so many, lies twice as near to epipolar lines."""
+    others = [u for u in range(len(cameras)) if u != v]
+    F = {u: fundamental_from_cameras(cameras[u], cameras[v]) for u in others}
+    last = detections.shape[1] - 1
+    instants = np.unique(np.linspace(0, last, min(_INSTANTS, last + 1)).astype(int))
+    xy = {u: cameras[u].undistort(detections[u, instants, :, :2]) for u in others}
+    off = {}
+    for lag in range(-min(most, last // 2), min(most, last // 2) + 1):
+        inside = (instants + lag >= 0) & (instants + lag <= last)
+        own = cameras[v].undistort(detections[v, instants[inside] + lag, :, :2])
+        both = {u: np.isfinite(own + xy[u][inside]).all(-1) for u in others}
+        medians = [
+            np.median(symmetric_epipolar_distance(F[u], xy[u][inside][both[u]], own[both[u]]))
+            for u in others if both[u].any()
+        ]  # fmt: skip
+        off[lag] = float(np.mean(medians)) if medians else np.inf
+    best = min(off, key=off.get)
+    if best and off[best] < 0.5 * off[0]:
+        say(
+            f"{where}: frame t{best:+d} of {cameras[v].name} fits frame t of the others better ({off[best]:.1f} px from "
+            f"epipolar lines, not {off[0]:.1f}): is it out of step? Synchronise the cameras"
+        )

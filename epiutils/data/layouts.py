@@ -56,8 +56,8 @@ def find_detections(
     for name in (*POSES, "."):
         below = path / name
         here = _visible(below) if below.is_dir() else []
-        entries = [f for f in here if f.is_dir() and any(g.suffix == ".json" for g in _visible(f))]
-        entries = entries or [f for f in here if f.suffix == ".json" and f.is_file()]
+        entries = [f for f in here if f.is_dir() and any(g.suffix.lower() == ".json" for g in _visible(f))]
+        entries = entries or [f for f in here if f.suffix.lower() == ".json" and f.is_file()]
         if entries:
             break
     found, strays = _match(names, entries, below, say)
@@ -157,6 +157,7 @@ def _keypoints(frames: dict[int, list[tuple[np.ndarray, Path, int]]]) -> dict[in
             raise ValueError(f"{file}: person {place}: expected 3 numbers a keypoint, got shape {shape}")
         numbers = np.stack([person for person, *_ in some]).reshape(len(some), -1, 3)
         if shape[0]:
+            numbers[numbers[..., 2] == 0] = 0  # whatever a program writes there
             good = (np.abs(numbers) < 1e6).all((1, 2)) & (numbers[..., 2] >= 0).all(1)
             for _, file, i in (some[n] for n in np.flatnonzero(~good)[:1]):
                 raise ValueError(
@@ -189,7 +190,7 @@ def _number(digits: list[str], file: Path) -> int:
 
 
 def _json(folder: Path) -> list[Path]:
-    return [file for file in _visible(folder) if file.suffix == ".json"]
+    return [file for file in _visible(folder) if file.suffix.lower() == ".json"]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -116,7 +116,8 @@ def _run(chosen: argparse.Namespace) -> int:
     network = _network(chosen)
     Settings(**settings).check(network, chosen.out if first else None, accelerator.num_processes, chosen.stop)
     told = _provenance(chosen)
-    scenes, few, test = _scenes(chosen)
+    scenes, test = _scenes(chosen)
+    few = _prepared("validation") if chosen.split == "train-strong" else test
     test, few = (MultiView(part, size=chosen.size) for part in (test, [few[i] for i in _subset(len(few))]))
     names = _scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
     epochs, rows = train_pose(
@@ -158,15 +159,17 @@ def _subset(scenes: int) -> range:
     return range(0, scenes, max(1, scenes // 48))
 
 
-def _scenes(chosen: argparse.Namespace) -> tuple[Sequence, Sequence, Sequence]:
-    """What to train on, what to follow it on, and what to test it on in the end."""
+def _scenes(chosen: argparse.Namespace) -> tuple[Sequence, Sequence]:
+    """What to train on, and what to test it on in the end."""
     if chosen.human36m:
-        train, test = (Human36M(chosen.human36m, split) for split in ("train", "test"))
-        return train, test, test
-    followed = "validation" if chosen.split == "train-strong" else "test"
+        return tuple(Human36M(chosen.human36m, split) for split in ("train", "test"))
+    return _prepared(chosen.split), _prepared("test")
+
+
+def _prepared(split: str) -> Benchmark:
     state = PartialState()
     with state.main_process_first():
-        return tuple(Benchmark(s).prepare(progress=state.is_main_process) for s in (chosen.split, followed, "test"))
+        return Benchmark(split).prepare(progress=state.is_main_process)
 
 
 def _facts(chosen: argparse.Namespace, network: PoseHRNet, data: str, scenes: Sequence) -> dict:
