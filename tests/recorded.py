@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import cv2
 import numpy as np
 from rigs import look_at
 
@@ -49,13 +50,48 @@ def write_json(file, people):
     )
 
 
+def calib(path):
+    """The rig file of a recording."""
+    return path / "calibration" / "Calib.toml"
+
+
+def qualisys(cameras, first="", **changes):
+    """Cameras as Qualisys writes them, with some attributes changed."""
+    lines = ["<?xml version='1.0' encoding='ASCII'?>", "<calibration>", "<cameras>", first]
+    for camera in cameras:
+        k, M = camera.distortion, np.diag([1, -1, -1]) @ camera.R
+        values = {f"r{i}{j}": M[i - 1, j - 1] for i in (1, 2, 3) for j in (1, 2, 3)}
+        values |= dict(zip("xyz", 1000 * camera.C, strict=True))
+        inside = {"focalLengthU": camera.K[0, 0], "focalLengthV": camera.K[1, 1], "radialDistortion1": k[0]}
+        inside |= {"radialDistortion2": k[1], "tangentalDistortion1": k[2], "tangentalDistortion2": k[3]}
+        inside |= {"centerPointU": camera.K[0, 2] + 8, "centerPointV": camera.K[1, 2] + 4}
+        field = {"left": 8, "top": 4, "right": camera.size[0] + 7, "bottom": camera.size[1] + 3}
+        parts = {"fov_video": field, "transform": values, "intrinsic": {k: 64 * v for k, v in inside.items()}}
+        lines.append(f'<camera serial="{camera.name}" model="Miqus Video">')
+        for part, known in parts.items():
+            known = {k: repr(float(v)) for k, v in known.items()} | changes
+            lines.append(f"<{part} " + " ".join(f'{k}="{v}"' for k, v in known.items() if v is not None) + "/>")
+        lines.append("</camera>")
+    return "\n".join([*lines, "</cameras>", "</calibration>"])
+
+
+def write_video(file, pictures):
+    """A video of these pictures (H, W, 3)."""
+    file.parent.mkdir(exist_ok=True)
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, pictures[0].shape[1::-1])
+    assert writer.isOpened()
+    for picture in pictures:
+        writer.write(picture)
+    writer.release()
+
+
 def write_recording(
     path, model="BODY_25B", frames=range(3), n=2, folder="pose/{}_json", name="{}_{:012}_keypoints.json"
 ):
     """A recording of the standing person walking sideways.  Returns its cameras, and detections (V, T, J, 3)."""
     cameras = [camera(i) for i in range(n)]
     (path / "calibration").mkdir(parents=True)
-    write_calib(path / "calibration" / "Calib.toml", cameras)
+    write_calib(calib(path), cameras)
     rng = np.random.default_rng(5)
     detections = np.empty((n, len(frames), len(JOINTS[model]), 3))
     for v, c in enumerate(cameras):

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tomli_w
+from recorded import qualisys
 from rigs import LENS, camera_pair
 
 from epiutils.data.calibration import read_calib, write_calib
@@ -159,26 +160,6 @@ def test_a_rig_in_the_boards_unit_is_read_in_metres(tmp_path):
         np.testing.assert_allclose(read_calib(tmp_path / "Calib.toml", unit=unit)[0].t, t)
     with pytest.raises(ValueError, match="unit must be one of m, cm, mm, got 'feet'"):
         read_calib(tmp_path / "Calib.toml", unit="feet")
-
-
-def qualisys(cameras, first="", **changes):
-    """Cameras as Qualisys writes them, with some attributes changed."""
-    lines = ["<?xml version='1.0' encoding='ASCII'?>", "<calibration>", "<cameras>", first]
-    for camera in cameras:
-        k, M = camera.distortion, np.diag([1, -1, -1]) @ camera.R
-        values = {f"r{i}{j}": M[i - 1, j - 1] for i in (1, 2, 3) for j in (1, 2, 3)}
-        values |= dict(zip("xyz", 1000 * camera.C, strict=True))
-        inside = {"focalLengthU": camera.K[0, 0], "focalLengthV": camera.K[1, 1], "radialDistortion1": k[0]}
-        inside |= {"radialDistortion2": k[1], "tangentalDistortion1": k[2], "tangentalDistortion2": k[3]}
-        inside |= {"centerPointU": camera.K[0, 2] + 8, "centerPointV": camera.K[1, 2] + 4}
-        field = {"left": 8, "top": 4, "right": camera.size[0] + 7, "bottom": camera.size[1] + 3}
-        parts = {"fov_video": field, "transform": values, "intrinsic": {k: 64 * v for k, v in inside.items()}}
-        lines.append(f'<camera serial="{camera.name}" model="Miqus Video">')
-        for part, known in parts.items():
-            known = {k: repr(float(v)) for k, v in known.items()} | changes
-            lines.append(f"<{part} " + " ".join(f'{k}="{v}"' for k, v in known.items() if v is not None) + "/>")
-        lines.append("</camera>")
-    return "\n".join([*lines, "</cameras>", "</calibration>"])
 
 
 def test_qualisys_rig_is_read_with_its_units_axes_and_window(tmp_path):

@@ -8,7 +8,7 @@ from itertools import combinations, product
 import cv2
 import numpy as np
 import pytest
-from recorded import HEIGHT, WIDTH, body, camera, keypoints, write_json, write_recording
+from recorded import HEIGHT, WIDTH, body, calib, camera, keypoints, write_json, write_recording, write_video
 
 from epiutils.data.calibration import read_calib, write_calib
 from epiutils.data.recordings import read_recording
@@ -19,13 +19,9 @@ from epiutils.triangulate import triangulate
 
 def film(file, size, n=4, bars=0, paint=90):
     """A video of grey pictures, with black bars of so many px above and below."""
-    file.parent.mkdir(exist_ok=True)
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, size)
     image = np.full((size[1], size[0], 3), paint, np.uint8)
     image[:bars] = image[size[1] - bars :] = 0
-    for _ in range(n):
-        writer.write(image)
-    writer.release()
+    write_video(file, n * [image])
 
 
 @pytest.mark.parametrize(
@@ -76,10 +72,6 @@ def test_frames_and_pictures_are_counted_alike(tmp_path, first, pictures, told, 
         recording = read_recording(tmp_path, video_start=told)
     assert recording.video_start == start and len(said) == (warned is not None)
     assert warned is None or warned in str(said[0].message)
-
-
-def calib(path):
-    return path / "calibration" / "Calib.toml"
 
 
 def test_cameras_that_are_exchanged_are_told_by_pair(tmp_path):

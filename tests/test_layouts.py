@@ -11,8 +11,9 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import recorded
 import tomli_w
-from recorded import HEIGHT, WIDTH, body, keypoints, write_json, write_recording
+from recorded import HEIGHT, WIDTH, body, calib, keypoints, write_json, write_recording
 
 from epiutils.data.bodies import JOINTS
 from epiutils.data.calibration import read_calib, write_calib
@@ -20,10 +21,6 @@ from epiutils.data.recordings import Status, read_recording
 from epiutils.triangulate import triangulate
 
 FRAMES, CAMERAS = 4, 3
-
-
-def calib(path):
-    return path / "calibration" / "Calib.toml"
 
 
 def tables(path, change):
@@ -76,20 +73,9 @@ def caliscope(path):
 
 
 def qualisys(path):
-    lines = ["<calibration><cameras>"]
-    for c in read_calib(calib(path)):
-        M, k = np.diag([1, -1, -1]) @ c.R, 64 * c.distortion
-        places = {f"r{i}{j}": M[i - 1, j - 1] for i in (1, 2, 3) for j in (1, 2, 3)} | dict(zip("xyz", 1000 * c.C))
-        inside = {"focalLengthU": 64 * c.K[0, 0], "focalLengthV": 64 * c.K[1, 1], "centerPointU": 64 * c.K[0, 2],
-                  "centerPointV": 64 * c.K[1, 2], "radialDistortion1": k[0], "radialDistortion2": k[1],
-                  "tangentalDistortion1": k[2], "tangentalDistortion2": k[3]}  # fmt: skip
-        field = {"left": 0, "top": 0, "right": c.size[0] - 1, "bottom": c.size[1] - 1}
-        lines.append(f'<camera serial="{c.name}" model="Miqus Video">')
-        for tag, values in (("fov_video", field), ("transform", places), ("intrinsic", inside)):
-            lines.append(f"<{tag} " + " ".join(f'{key}="{float(value)!r}"' for key, value in values.items()) + "/>")
-        lines.append("</camera>")
+    text = recorded.qualisys(read_calib(calib(path)))
     calib(path).unlink()
-    (path / "calibration" / "Calib.qca.txt").write_text("\n".join([*lines, "</cameras></calibration>"]))
+    (path / "calibration" / "Calib.qca.txt").write_text(text)
 
 
 def alphapose(name="{}.json", ending=".jpg", folder=False):

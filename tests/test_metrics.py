@@ -112,18 +112,6 @@ def test_mpjpe_is_the_distance_in_the_unit_given(seed):
     np.testing.assert_allclose(mpjpe(1000 * predicted, 1000 * true), 1000 * values)
 
 
-def test_scenes_of_poses_go_through_the_bootstrap():
-    predicted, true = poses(0, 30, sigma=0.05)
-    worse = predicted + np.random.default_rng(1).normal(0, 0.1, true.shape)
-    worse[3, 2] = math.nan
-    before = [a.copy() for a in (worse, true)]
-    bad, good = mpjpe(worse, true), mpjpe(predicted, true)
-    low, high = bootstrap(bad, good)
-    assert 0 < low < joint_mean(bad) - joint_mean(good) < high
-    for old, new in zip(before, (worse, true), strict=True):
-        np.testing.assert_array_equal(old, new)
-
-
 # The interval
 
 
@@ -187,18 +175,6 @@ def test_nine_of_ten_intervals_hold_the_truth_but_not_where_samples_of_a_scene_a
     assert 0.84 < whole < 0.95 and wrong < 0.8
 
 
-def test_paired_intervals_are_narrow_for_methods_that_fail_alike():
-    for seed in range(5):
-        values = outcomes(seed, missing=0)
-        repaired = np.where(np.random.default_rng(seed).random(values.shape) < 0.1, 1.0, values)
-        low, high = bootstrap(repaired, values)
-        alone = [np.diff(bootstrap(v))[0] for v in (repaired, values)]
-        assert 0 < low < joint_mean(repaired) - joint_mean(values) < high
-        assert high - low < 0.5 * math.hypot(*alone)  # the width of the difference were they independent
-        strangers = np.diff(bootstrap(values, outcomes(seed + 10, missing=0)))[0]
-        assert strangers > 0.7 * math.hypot(*alone)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_obeys_the_arithmetic_of_means(seed):
     values, against = outcomes(seed), outcomes(seed + 10)
@@ -222,14 +198,6 @@ def test_scenes_are_drawn_as_wholes():
     np.testing.assert_allclose(bootstrap(values[:, :1], values[:, :1, :1].repeat(3, 2)), once)  # other inner shapes
     twice_the_scenes = np.diff(bootstrap(np.concatenate([values, values]), draws=4000))
     assert twice_the_scenes / np.diff(bootstrap(values, draws=4000)) == pytest.approx(math.sqrt(0.5), abs=0.06)
-
-
-def test_joints_change_places_and_empty_ones_change_nothing():
-    values = outcomes(1)
-    interval = bootstrap(values)
-    np.testing.assert_allclose(bootstrap(values[..., ::-1]), interval)
-    empty = np.full((*values.shape[:-1], 2), np.nan)
-    np.testing.assert_allclose(bootstrap(np.concatenate([empty, values], -1)), interval)
 
 
 def test_one_scene_has_no_spread_nor_have_two_of_which_one_counts_nothing_and_a_higher_level_is_wider():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import HEIGHT, JOINTS, WIDTH, body, write_json, write_recording
+from recorded import HEIGHT, JOINTS, WIDTH, body, write_json, write_recording, write_video
 from scipy.spatial.transform import Rotation
 
 from epiutils.data.bodies import BODY_BONES as BONES
@@ -40,13 +40,7 @@ def code(image):
     return int(sum((value > 125) << bit for bit, value in enumerate(columns)))
 
 
-def write_video(file, n=FRAMES, size=(WIDTH, HEIGHT), paint=picture):
-    file.parent.mkdir(exist_ok=True)
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, size)
-    assert writer.isOpened()
-    for t in range(n):
-        writer.write(paint(t, size))
-    writer.release()
+PICTURES = [picture(t) for t in range(FRAMES)]
 
 
 @pytest.fixture
@@ -188,7 +182,7 @@ def test_frame_numbers_are_those_of_the_files_and_sorted_as_numbers(tmp_path):
 def test_frame_k_is_picture_k_in_any_order(tmp_path):
     write_recording(tmp_path, frames=range(FRAMES))
     for i in (1, 2):
-        write_video(tmp_path / "videos" / f"cam{i:02}.mp4")
+        write_video(tmp_path / "videos" / f"cam{i:02}.mp4", PICTURES)
     recording = read_recording(tmp_path)
     assert [v.name for v in recording.videos] == ["cam01.mp4", "cam02.mp4"]
     for frame in np.random.default_rng(1).permutation(FRAMES):
@@ -200,7 +194,7 @@ def test_frame_k_is_picture_k_in_any_order(tmp_path):
 
 def test_video_start_shifts_the_numbering_and_the_end_is_named(tmp_path):
     write_recording(tmp_path, frames=range(10, 10 + FRAMES + 1), n=1)
-    write_video(tmp_path / "cam01.mp4")
+    write_video(tmp_path / "cam01.mp4", PICTURES)
     video = tmp_path / "cam01.mp4"
     assert [code(_picture(video, k, 0)) for k in (7, 0, 23, 8, 22)] == [7, 0, 23, 8, 22]
     with pytest.warns(UserWarning, match=r"frames 10 to 34, but cam01.mp4 has 24 pictures, frames 10 to 33 with"):
@@ -219,7 +213,7 @@ def test_pictures_beside_pose_sync_are_those_of_the_files_it_was_copied_from(tmp
     lags = (0, 5)
     write_recording(tmp_path, frames=range(FRAMES), n=2)
     for name, lag in zip(("cam01", "cam02"), lags, strict=True):
-        write_video(tmp_path / f"{name}.mp4")
+        write_video(tmp_path / f"{name}.mp4", PICTURES)
         (synced := tmp_path / "pose-sync" / f"{name}_json").mkdir(parents=True)
         for number in range(lag + 1, FRAMES):  # as Pose2Sim: to other numbers, above 0 alone
             file = f"{name}_{number:012}_keypoints.json"
@@ -387,8 +381,8 @@ def test_cameras_and_folders_that_do_not_match_are_both_named(made):
 
 
 def test_videos_that_do_not_match_are_named_in_a_warning(made):
-    write_video(made / "videos" / "cam01.mp4", 3)
-    write_video(made / "videos" / "cam09.mp4", 1)
+    write_video(made / "videos" / "cam01.mp4", PICTURES[:3])
+    write_video(made / "videos" / "cam09.mp4", PICTURES[:1])
     with pytest.warns(
         UserWarning, match=r"no calibrated camera: \['cam09.mp4'\]; cameras without a video: \['cam02'\]"
     ):

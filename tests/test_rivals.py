@@ -161,15 +161,6 @@ def test_the_dense_matrices_are_one_for_each_ordered_pair():
     assert not torch.allclose(fused, h)
 
 
-@pytest.mark.parametrize("name", [n for n in MAKE if n != "dense"])
-def test_the_numbering_of_the_views_does_not_matter(name):
-    module, h, F = trained(name, 5), maps(5), rig(5, batch=2, shape=SHAPE)
-    order = [2, 0, 3, 1]
-    with torch.no_grad():
-        fused, again = module.all_views(h, F), module.all_views(h[:, order], F[:, order][:, :, order])
-    torch.testing.assert_close(again, fused[:, order], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("name", MAKE)
 def test_each_learns(name):
     torch.manual_seed(0)
