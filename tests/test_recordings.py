@@ -312,7 +312,7 @@ def test_a_camera_that_was_turned_after_its_calibration_is_found_by_what_it_sees
     moved[2, ..., :2] += (6, -4)
     for frames in (slice(None), slice(5)):
         wrong = replace(recording, detections=moved)
-        cameras, shifts = realigned(wrong.cameras, wrong.detections[:, frames])
+        cameras, shifts = realigned(wrong.cameras, wrong.detections[:, frames], largest=0.05)
         right = replace(wrong, cameras=cameras)
         assert np.abs(shifts[2] - (6, -4)).max() < 1.5 and np.abs(np.delete(shifts, 2, 0)).max() < 1.5
         distances = [
@@ -321,6 +321,17 @@ def test_a_camera_that_was_turned_after_its_calibration_is_found_by_what_it_sees
         ]
         assert np.median(distances[1]) < 0.2 * np.median(distances[0])
     assert (recording.cameras[2].K == read_recording(tmp_path).cameras[2].K).all()
+    moved[2, ..., :2] += (60, 0)
+    with pytest.raises(
+        ValueError, match="cam03: its detections would need a shift of .* more than 2.5% of its picture"
+    ):
+        realigned(recording.cameras, moved)
+    assert np.abs(realigned(recording.cameras, moved, largest=0.5)[1][2] - (66, -4)).max() < 8
+    wild = recording.detections.copy()
+    wild[2, ::2, :, :2] += (7, 0)
+    wild[2, 1::2, :, :2] -= (5, 0)
+    with pytest.raises(ValueError, match="do not hold in frames that they were not fitted to"):
+        realigned(recording.cameras, wild, largest=0.05)
     moved[1:] = np.nan
     with pytest.raises(ValueError, match="no two of the cameras cam01, .* have a joint in the same of the 10 frames"):
         realigned(recording.cameras, moved)

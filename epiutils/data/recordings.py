@@ -173,7 +173,9 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> t
     return Predicted(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}), index
 
 
-def realigned(cameras: Sequence[Camera], detections: np.ndarray) -> tuple[list[Camera], np.ndarray]:
+def realigned(
+    cameras: Sequence[Camera], detections: np.ndarray, largest: float = 0.025
+) -> tuple[list[Camera], np.ndarray]:
     """The cameras, the picture of each shifted so that detections lie closest to each other's epipolar lines.
 
     A shift stands for a camera that was turned a little after its calibration.  The shifts minimise Sampson distances
@@ -181,25 +183,49 @@ def realigned(cameras: Sequence[Camera], detections: np.ndarray) -> tuple[list[C
     pictures together.  The shift is found after undistortion and given to the principal point; with a lens that bends
     much, the two differ by some percent.
     detections: (V, T, J, 2 or more) px as recorded, nan where undetected, as `Recording.detections[:, frames]`.
+    largest: shift, as a share of a picture's longer side.
     Returns the V cameras and the shifts (V, 2) px in x and y.
-    Raises ValueError if no two cameras have a joint in the same frame.
+    Raises ValueError if no two cameras have a joint in the same frame; and refuses larger shifts, which fit detections
+    that are wrong in the same way and no camera, and shifts that do not hold in frames that they were not fitted to.
     """
     pinholes = [camera.without_distortion() for camera in cameras]
     xy = [camera.undistort(d[..., :2]).reshape(-1, 2) for camera, d in zip(cameras, detections, strict=True)]
-    matches = []
+    frames, matches = np.arange(detections.shape[1]).repeat(detections.shape[2]), []
     for s, r in combinations(range(len(cameras)), 2):
         known = np.isfinite(xy[s] + xy[r]).all(1)
-        matches.append((s, r, xy[s][known], xy[r][known]))
-    if not any(len(p) for _, _, p, _ in matches):
+        matches.append((s, r, xy[s][known], xy[r][known], frames[known] % 2))
+    if not any(len(p) for _, _, p, *_ in matches):
         names = ", ".join(camera.name for camera in cameras)
         raise ValueError(f"no two of the cameras {names} have a joint in the same of the {detections.shape[1]} frames")
 
-    def residuals(shifts):
-        at = [_shifted(camera, shift) for camera, shift in zip(pinholes, shifts.reshape(-1, 2), strict=True)]
-        off = [sampson_distance(fundamental_from_cameras(at[s], at[r]), p, q) for s, r, p, q in matches]
-        return np.concatenate([*(distance / 5 for distance in off), shifts / 10])
+    def distances(shifts, half):  # from the lines, in even frames (0), odd ones (1) or all (None)
+        at = [_shifted(camera, shift) for camera, shift in zip(pinholes, shifts, strict=True)]
+        chosen = [
+            (s, r, p[i], q[i])
+            for s, r, p, q, odd in matches
+            if (i := np.ones(len(p), bool) if half is None else odd == half).any()
+        ]
+        return np.concatenate([sampson_distance(fundamental_from_cameras(at[s], at[r]), p, q) for s, r, p, q in chosen])
 
-    shifts = least_squares(residuals, np.zeros(2 * len(cameras)), loss="soft_l1").x.reshape(-1, 2)
+    def fitted(half=None):
+        off = lambda flat: np.append(distances(flat.reshape(-1, 2), half) / 5, flat / 10)
+        return least_squares(off, np.zeros(2 * len(cameras)), loss="soft_l1").x.reshape(-1, 2)
+
+    shifts = fitted()
+    for camera, shift in zip(cameras, shifts, strict=True):
+        if np.hypot(*shift) > largest * max(camera.size):
+            raise ValueError(
+                f"{camera.name}: its detections would need a shift of {np.hypot(*shift):.0f} px, more than {largest:.1%} of "
+                "its picture: they, or the calibration, are wrong in another way"
+            )
+    halves = {half for *_, odd in matches for half in np.unique(odd).tolist()}
+    for half in halves if np.abs(shifts).max() > 1 and len(halves) == 2 else ():
+        before, after = (np.mean(distances(at, half)) for at in (0 * shifts, fitted(1 - half)))
+        if after >= before:
+            raise ValueError(
+                f"shifts of up to {np.abs(shifts).max():.0f} px do not hold in frames that they were not fitted to: "
+                f"{before:.1f} px off the lines without, {after:.1f} with them"
+            )
     return [_shifted(camera, shift) for camera, shift in zip(cameras, shifts, strict=True)], shifts
 
 
