@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= quick
 RECORDING ?=
+NETWORK ?=
 DATASET ?=
 # A number's last digits depend on how many threads shared its sum, and notebooks store numbers that nbval
 # compares: every run uses this many. Idle threads sleep, so that two test workers do not fight for the cores.
@@ -35,9 +36,9 @@ env: .venv/installed  ## build .venv with the pinned packages (the others do so 
 	@touch $@
 
 REPORT = $(BIN)/python -m epiutils.report --profile $(PROFILE) \
-  $(if $(RECORDING),--recording "$(RECORDING)") $(if $(DATASET),--dataset "$(DATASET)")
+  $(if $(RECORDING),--recording "$(RECORDING)") $(if $(NETWORK),--network "$(NETWORK)") $(if $(DATASET),--dataset "$(DATASET)")
 
-report: env  ## run the notebooks, write reports/index.html [PROFILE=quick|full RECORDING=folder DATASET=name]
+report: env  ## run the notebooks, write reports/index.html [RECORDING=folder NETWORK=movenet DATASET=name PROFILE=quick|full]
 	$(REPORT)
 
 publish: env  ## the same, and make anew what is committed: reports/README.md, metrics.json, figures

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -130,6 +130,21 @@ class Recording:
             return np.full((*camera.size[::-1], 3), 128, np.uint8)
         modified = check_file(video, within=self.path).stat().st_mtime_ns
         return _fit(_picture(video, frame + self.lags[v] - self.video_start, modified), camera.size)
+
+    def pictures(self) -> Iterator[list[np.ndarray]]:
+        """The whole pictures of all cameras, instant after instant; `picture`'s, each video decoded once from its start."""
+        films = [v if v is None else cv2.VideoCapture(str(check_file(v, within=self.path))) for v in self.videos]
+        next_one = [0] * len(films)
+        for frame in self.frames.tolist():
+            shown = []
+            for v, film in enumerate(films):
+                index, ok = frame + self.lags[v] - self.video_start, film is not None
+                while ok and next_one[v] <= index:
+                    ok, next_one[v] = film.grab(), next_one[v] + 1
+                ok, image = film.retrieve() if ok and index >= 0 else (False, None)
+                fits = ok and image is not None
+                shown.append(_fit(image[..., ::-1].copy(), self.cameras[v].size) if fits else self.picture(v, frame))
+            yield shown
 
     def crop(self, v: int, t: int, image: np.ndarray, size=(256, 256), undistort: bool = True) -> View:
         """The crop of a camera's picture to the person of an instant; camera and joints are right for any picture."""
@@ -329,6 +344,55 @@ def read_recording(
     if several:
         warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}")
     return replace(recording, notes=tuple(notes))
+
+
+def read_videos(
+    path: str | os.PathLike, cameras: str | Sequence[str] = (), unit: str = "m", video_start: int = 0
+) -> Recording:
+    """A recording of which there are a calibration and videos alone: nobody is detected in it yet, and it has no model.
+
+    cameras, unit and video_start: as for `read_recording`.  Its frames are those of which every camera has a picture.
+    Raises FileNotFoundError where the folder is missing, ValueError for what is certainly wrong.
+    """
+    path, notes = Path(path), []
+
+    def warn(text: str) -> None:
+        notes.append(text)
+        warnings.warn(text, stacklevel=3)
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    calib = find_calib(path)
+    rig = read_calib(calib, unit=unit)
+    known = [camera.name for camera in rig]
+    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
+    if unknown := set(wanted) - set(known):
+        raise ValueError(f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(known)}")
+    found = dict(zip(known, find_videos(path, known, warn), strict=True))
+    chosen = [name for name in wanted or known if found[name] is not None]
+    if len(chosen) < max(len(wanted), 1):
+        raise ValueError(f"{path}: no video of {', '.join(wanted or known)}, here or in videos/")
+    rig, videos = [rig[known.index(name)] for name in chosen], tuple(found[name] for name in chosen)
+    counts = {video.name: _count(check_file(video, within=path)) for video in videos}
+    length = min(counts.values())
+    if length < 1:
+        raise ValueError(f"{path}: {min(counts, key=counts.get)}: no pictures in it that OpenCV reads")
+    if length < max(counts.values()):
+        warn(
+            f"{path}: videos of {', '.join(f'{k} {n}' for k, n in counts.items())} pictures: the first {length} are taken"
+        )
+    check_videos(rig, videos, (video_start, video_start + length - 1), video_start, path, warn)
+    notes.append(f"{path}: no detections; calibration {calib.name}, {len(rig)} videos of {length} pictures")
+    nobody = np.full((len(rig), length), Status.NO_FILE)
+    return Recording(path, "", rig, np.arange(length) + video_start, np.zeros((*nobody.shape, 0, 3)), nobody,
+                     np.full(nobody.shape, -1), videos, (0,) * len(rig), video_start, tuple(notes))  # fmt: skip
+
+
+def _count(video: Path) -> int:
+    capture = cv2.VideoCapture(str(video))
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+    capture.release()
+    return count
 
 
 def _model_of(files: list[dict], folders: Sequence[Path], model: str, below: Path) -> str:

@@ -67,9 +67,7 @@ class OnnxPose:
             raise ValueError(
                 f"{path}: takes pictures of any size: pass size=(width, height), those that it learned from"
             )
-        self.size = tuple(size or own)
-        if any(n not in (None, wanted) for n, wanted in zip(own, self.size, strict=True)):
-            raise ValueError(f"{path}: takes pictures of {own[0]}×{own[1]} px, size is {self.size[0]}×{self.size[1]}")
+        self.size = own if size is None else tuple(n or s for n, s in zip(own, size, strict=True))
         self.at_once = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
         self._maps, self._vectors = None, None
         self._understand(self._run(np.zeros((1, *self.size[::-1], 3), np.uint8)), offset)

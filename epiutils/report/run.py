@@ -108,7 +108,13 @@ def _read(parameters: dict[Path, dict]) -> Recording | None:
     """The recording that notebooks look at, read before they run: ValueError where it cannot be."""
     told = next((p for p in parameters.values() if p.get("recording") and "options" in p), None)
     if told is None or human36m.is_there(told["recording"]):
+        if any(p.get("network") for p in parameters.values()):
+            raise ValueError("--network looks at a recording's videos: say --recording, and a notebook that shows them")
         return None
+    if told.get("network"):
+        from epiutils.studies.filmed import read_film  # the network's work: what notebooks see, they find in the cache
+
+        return read_film(told["recording"], told["network"], **told["options"])
     return read_recording(told["recording"], **told["options"])
 
 
@@ -222,7 +228,8 @@ def _describe(profile: str, parameters: dict) -> dict:
     threads = f"CPU ({platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
     named = {
-        name: Path(value).name if name in ("recording", "dataset") else value for name, value in parameters.items()
+        name: Path(value).name if name in ("recording", "dataset", "network") else value
+        for name, value in parameters.items()
     }
     return {"profile": profile, "parameters": named, "versions": versions, "device": device}
 
@@ -237,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--profile", choices=("quick", "full"), default="quick", help="full: all that is stored anew, for hours")
     add("--recording", metavar="PATH", help="a calibrated recording of your own, a folder")
+    add("--network", metavar="NAME", help="that sees its videos: movenet, or a file .pth, .safetensors or .onnx")
     add("--dataset", metavar="NAME", help="Human3.6M: its folder, or the name of one in data/")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook's parameter")
     add("--only", nargs="+", metavar="NN", help="these notebooks, by the start of their names")
@@ -267,19 +275,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no notebook {' '.join(idle)} in {args.notebooks}; there are: {[n.stem for n in notebooks]}")
     if args.publish and args.only:
         parser.error("--publish needs the numbers of every notebook: leave out --only")
-    given = dict(args.p) | {name: text for name in ("recording", "dataset") if (text := getattr(args, name))}
+    said = ("recording", "dataset", "network")
+    given = dict(args.p) | {name: text for name in said if (text := getattr(args, name))}
     try:
         if given.get("recording"):
             given["recording"] = _folder("recording", given["recording"])
             if Path(given["recording"]).is_relative_to((args.out / RECORDING).resolve()):
                 raise ValueError(f"--recording {given['recording']} is where results are put: copy it elsewhere")
+        if given.get("network", "movenet") != "movenet":
+            given["network"] = str(Path(given["network"]).expanduser().resolve())  # notebooks run in their own folder
         if given.get("dataset"):
             given["dataset"] = _folder("dataset", given["dataset"], _ROOT / "data" / given["dataset"])
         parameters = _choose_parameters(chosen, given, {"profile": args.profile})
-        recording = _read(parameters)
         for option in ("notebooks",) if args.refresh else ("out", "publish") if args.publish else ("out",):
             _check_writable(f"--{option}", getattr(args, option))
-    except ValueError as error:
+        recording = _read(parameters)
+    except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     if args.refresh:
         _refresh(chosen, args.timeout)

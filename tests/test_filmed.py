@@ -1,0 +1,331 @@
+"""Videos, a calibration and a network are enough: the person is found, and what is seen lies where the cameras say."""
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from recorded import HEIGHT, WIDTH, body, camera, keypoints, write_json
+
+from epiutils.data.bodies import JOINTS
+from epiutils.data.calibration import write_calib
+from epiutils.data.recordings import Status, read_videos
+from epiutils.data.views import View
+from epiutils.heatmaps import decode, render
+from epiutils.networks import pictures as seeing
+from epiutils.networks.hrnet import SLIM, PoseHRNet, save_checkpoint
+from epiutils.networks.pictures import PoseNetwork, open_network, predict_views
+from epiutils.networks.tracking import track
+from epiutils.report import run as report
+from epiutils.studies import filmed
+from epiutils.studies.filmed import open_instant, read_film, seen
+
+NAMES = JOINTS["COCO_17"]
+DRAWN = [j for j, name in enumerate(NAMES) if name[1:] not in ("eye", "ear")]  # those lie too close together
+BACKGROUND = (30, 60, 30)
+CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "best.safetensors"
+
+
+def colour(j):
+    """Of a joint, RGB; no mixture of two joints', or of one and the background, is another's."""
+    return 40 + 12 * j, 255 - 40 - 12 * j, 37 * j % 200 + 50
+
+
+def draw(image, points, radius=3):
+    for j in DRAWN:
+        if np.isfinite(points[j]).all():
+            at = tuple(int(v) for v in np.rint(16 * points[j]))
+            cv2.circle(image, at, 16 * radius, colour(j)[::-1], -1, shift=4)
+    return image
+
+
+class Blobs:
+    """A network that knows the colours: of each joint the spot nearest to the middle of the picture, if it is whole."""
+
+    def __init__(self, stride=4):
+        self.stride, self.looks = stride, 0
+
+    def __call__(self, pictures):
+        self.looks += len(pictures)
+        points = np.full((len(pictures), len(NAMES), 2), np.nan)
+        for b, picture in enumerate(pictures):
+            spots = {}
+            for j in DRAWN:
+                mask = cv2.inRange(picture, *(tuple(c + d for c in colour(j)) for d in (-4, 4)))
+                _, _, stats, centres = cv2.connectedComponentsWithStats(mask)
+                middle = np.array(mask.shape[::-1]) / 2
+                areas, away = stats[1:, cv2.CC_STAT_AREA], np.linalg.norm(centres[1:] - middle, axis=1)
+                big = areas > 0.3 * max(areas, default=0)
+                if big.any():
+                    k = np.where(big, away, np.inf).argmin()
+                    spots[j] = areas[k], centres[1 + k]
+            whole = 0.85 * np.median([area for area, _ in spots.values()] or [0])
+            for j, (area, centre) in spots.items():
+                points[b, j] = centre if area >= whole else np.nan  # covered by another
+        cells = (torch.from_numpy(points) - (self.stride - 1) / 2) / self.stride
+        shape = tuple(n // self.stride for n in pictures.shape[1:3])
+        return render(cells, shape, sigma=8 / self.stride, peak=0.9).float()
+
+
+def blobs(size=(256, 256), stride=4):
+    return PoseNetwork("Blobs", Blobs(stride), ("COCO_17",), size, (stride,) * 2, ((stride - 1) / 2,) * 2)
+
+
+ASIDE = (0.8, 0, 0)  # metres; from every camera somebody else, and not in the middle
+
+
+def place(t, start=(0, 0, 0)):
+    return np.array(start) + (0.05 * t, -0.03 * t, 0)
+
+
+def write_videos(path, length=4, n=4, others=(), blank=(), start=(0, 0, 0)):
+    """Videos without loss of the standing person, who walks; others: the cameras before which somebody else stands, and
+    where; blank: (camera, frame) of pictures without anybody."""
+    cameras = [camera(i) for i in range(n)]
+    (path / "videos").mkdir(parents=True)
+    write_calib(path / "Calib.toml", cameras)
+    for v, c in enumerate(cameras):
+        code = cv2.VideoWriter_fourcc(*"FFV1")
+        film = cv2.VideoWriter(str(path / "videos" / f"{c.name}.avi"), code, 30, (WIDTH, HEIGHT))
+        for t in range(length):
+            image = np.full((HEIGHT, WIDTH, 3), BACKGROUND, np.uint8)
+            if (v, t) not in blank:
+                draw(image, c.project(body("COCO_17", place(t, start))))
+                if v in dict(others):
+                    draw(image, c.project(body("COCO_17", dict(others)[v])))
+            film.write(image)
+        film.release()
+    return cameras
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(filmed, "open_network", lambda name, model="auto": blobs())
+    return tmp_path / "film"
+
+
+def true(cameras, length=4, start=(0, 0, 0)):
+    return np.stack([[c.project(body("COCO_17", place(t, start))) for t in range(length)] for c in cameras])
+
+
+def test_pictures_are_those_of_each_instant_and_frames_are_those_of_all_cameras(tmp_path):
+    write_videos(tmp_path)
+    data = read_videos(tmp_path, "cam03,cam01", video_start=7)
+    assert [c.name for c in data.cameras] == ["cam03", "cam01"] and data.frames.tolist() == [7, 8, 9, 10]
+    assert data.detections.shape == (2, 4, 0, 3) and (data.status == Status.NO_FILE).all() and (data.person == -1).all()
+    shown = list(data.pictures())
+    assert len(shown) == 4
+    for t, of_all in enumerate(shown):
+        for v, picture in enumerate(of_all):
+            np.testing.assert_array_equal(picture, data.picture(v, 7 + t))
+    later = replace(data, frames=data.frames[::2], lags=(1, 0))
+    for frame, of_all in zip(later.frames, later.pictures(), strict=True):
+        for v, picture in enumerate(of_all):
+            np.testing.assert_array_equal(picture, later.picture(v, int(frame)))
+
+
+@pytest.mark.parametrize("size", [(256, 256), (192, 256)])
+def test_the_person_is_found_from_whole_pictures_and_lies_where_the_bent_lenses_say(tmp_path, size):
+    cameras = write_videos(tmp_path)
+    network = blobs(size)
+    found = track(read_videos(tmp_path), network, progress=False)
+    off = np.linalg.norm(found[..., :2] - true(cameras), axis=-1)
+    assert found.shape == (4, 4, 17, 3) and np.isfinite(off[:, :, DRAWN]).mean() > 0.7
+    assert np.nanmax(off) < 1.0 and np.nanmedian(off) < 0.35
+    assert (found[..., 2] <= 1).all() and np.nanmax(found[..., 2]) > 0.8
+    nobody = np.setdiff1d(np.arange(17), DRAWN)
+    assert np.isnan(found[:, :, nobody, :2]).all() and (found[:, :, nobody, 2] == 0).all()
+    assert network.run.looks == 4 * (4 + 1)  # twice at first
+
+
+def test_a_view_that_saw_nobody_finds_the_person_again(tmp_path):
+    blank = {(1, 0), (2, 1), (2, 2), (0, 3), (1, 3), (2, 3), (3, 3)}
+    cameras = write_videos(tmp_path, blank=blank)
+    found = track(read_videos(tmp_path), blobs(), progress=False)
+    known = np.isfinite(found[:, :, DRAWN, 0]).mean(-1)
+    assert all((known[v, t] == 0) == ((v, t) in blank) for v, t in np.ndindex(4, 4))
+    assert np.nanmax(np.linalg.norm(found[..., :2] - true(cameras), axis=-1)) < 1.0
+
+
+def test_a_view_that_saw_somebody_else_looks_where_the_others_see_the_person(tmp_path):
+    """In one view somebody stands in the middle of the whole picture, and the person does not."""
+    cameras = write_videos(tmp_path, others=[(1, (0, 0, 0))], start=ASIDE)
+    found = track(read_videos(tmp_path), blobs(), progress=False)
+    off = np.linalg.norm(found[..., :2] - true(cameras, start=ASIDE), axis=-1)[:, :, DRAWN]
+    assert np.nanmax(off[[0, 2, 3]]) < 1.0
+    known = off[1][np.isfinite(off[1])]  # where a joint is covered, the other's may be taken
+    assert np.median(known) < 0.5 and (known < 1.0).mean() > 0.6 and len(known) > 0.5 * off[1].size
+    alone = PoseNetwork("Blobs", blobs().run, ("COCO_17",), offset=(1.5, 1.5))
+    first = next(read_videos(tmp_path).pictures())[1]
+    whole = View(first, cameras[1], np.array([[0.0, 0], [WIDTH, HEIGHT]]), np.ones(2)).crop_to_person((256, 256), 1.0)
+    points, heights = decode(alone(whole.image[None])[0], "dark")
+    seen_there = heights.numpy() > 0.2
+    other = whole.camera.project(body("COCO_17"))
+    assert (
+        np.median(np.linalg.norm(4 * points.numpy() + 1.5 - other, axis=-1)[seen_there]) < 2.0
+    )  # or nothing was shown
+
+
+def test_boxes_come_from_detections_where_there_are_some(cache):
+    """Two people stand in every view; the recording's detections are of the second, and so are the network's."""
+    cameras = write_videos(cache, others=[(v, ASIDE) for v in range(4)])
+    for v, t in np.ndindex(4, 4):
+        x = cameras[v].project(body("BODY_25B", ASIDE))
+        write_json(cache / "pose" / f"{cameras[v].name}_json" / f"{t:03}.json", [keypoints(x, np.ones(len(x)))])
+    data = read_film(cache, "blobs", progress=False)
+    off = np.linalg.norm(
+        data.detections[..., :2] - np.stack([[c.project(body("COCO_17", ASIDE))] for c in cameras]), axis=-1
+    )
+    assert (
+        np.nanmedian(off[:, :, DRAWN]) < 0.5 and data.model == "COCO_17" and np.isfinite(off[:, :, DRAWN]).mean() > 0.6
+    )
+
+
+def test_a_film_is_seen_once_and_told_and_takes_its_place_as_a_recording(cache, monkeypatch):
+    cameras = write_videos(cache)
+    data = read_film(cache, "blobs", progress=False)
+    assert (data.status == Status.OK).all() and data.joints == NAMES
+    assert any("COCO_17 detected by Blobs, in cam01 100 %" in note for note in data.notes)
+    monkeypatch.setattr(filmed, "track", lambda *_: pytest.fail("it was seen before"))
+    monkeypatch.undo()
+    monkeypatch.setenv("EPIUTILS_CACHE", str(cache.parent / "cache"))
+    monkeypatch.setattr(filmed, "open_network", lambda name, model="auto": blobs())
+    monkeypatch.setattr(PoseNetwork, "__call__", lambda *_: pytest.fail("it was seen before"))
+    again = read_film(cache, "blobs", progress=False)
+    np.testing.assert_array_equal(again.detections, data.detections)
+    shutil.copy(cache / "videos" / "cam01.avi", cache / "videos" / "cam02.avi")
+    with pytest.raises(pytest.fail.Exception, match="seen before"):
+        read_film(cache, "blobs", progress=False)
+    np.testing.assert_allclose(again.cameras[1].P, cameras[1].P, atol=1e-9)
+
+
+def test_notebooks_get_an_instant_and_maps_that_lie_at_its_joints(cache):
+    write_videos(cache)
+    data, frame = open_instant(3, str(cache), "blobs")
+    views, maps = seen(data, frame, "blobs")
+    assert frame == 3 and len(views) == len(maps) == 4 and maps[0].shape == (17, 64, 64)
+    for view, one in zip(views, maps, strict=True):
+        points, heights = (a.numpy() for a in decode(one, "dark"))
+        exact, known = view.camera.project(body("COCO_17", place(3))), (heights > 0.2) & np.isfinite(view.joints[:, 0])
+        np.testing.assert_allclose(4 * points[known], exact[known], atol=2.0)
+        np.testing.assert_allclose(4 * points[known], view.joints[known], atol=2.0)
+        assert known.sum() > 6
+    data, frame = open_instant(20)
+    views, maps = seen(data, frame)
+    assert maps[0].shape == (17, 64, 64) and len(views) == 4
+    with pytest.raises(ValueError, match="name its folder too"):
+        open_instant(20, network="movenet")
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((256, 256), 4), ((192, 256), 4), ((288, 384), 4), ((256, 256), 8), ((160, 96), 2)]
+)
+def test_whatever_a_networks_grid_map_pixel_i_lies_at_pixel_4i(size, stride):
+    """Blobs are drawn where joints are; their maps, and P, agree on where that is, at the middle of half pixels too."""
+    network, X = blobs(size, stride), body("COCO_17")
+    instants = []
+    for t in range(2):
+        views = []
+        for v in range(3):
+            c = camera(v).without_distortion().crop(np.diag([4.0, 4, 1]), (4 * WIDTH, 4 * HEIGHT))
+            x = c.project(X + (0.1 * t, 0, 0))
+            image = cv2.cvtColor(
+                draw(np.full((4 * HEIGHT, 4 * WIDTH, 3), BACKGROUND, np.uint8), x, 22), cv2.COLOR_BGR2RGB
+            )
+            views.append(View(image, c, x, np.ones(17)).crop_to_person((network.side,) * 2, 2.0))
+        instants.append(views)
+    predicted = predict_views(network, instants)
+    assert predicted.output.shape == (2, 3, 17, 64, 64) and predicted.F.shape == (2, 3, 3, 3, 3)
+    points, heights = decode(predicted.output[:, :, DRAWN].double(), "dark")
+    exact = np.stack(
+        [[v @ np.append(x, 1) for x in X[DRAWN] + (0.1 * t, 0, 0)] for t in range(2) for v in predicted.P[t].numpy()]
+    )
+    exact = (exact[..., :2] / exact[..., 2:]).reshape(2, 3, len(DRAWN), 2)
+    off = np.linalg.norm(4 * points.numpy() - exact, axis=-1)[heights.numpy() > 0.2]
+    assert len(off) > 60 and np.median(off) < 0.5 * max(stride / 4, 1) and np.percentile(off, 90) < 2.0
+    np.testing.assert_allclose(predicted.joints[:, :, DRAWN], exact, atol=1e-6)
+    bias = (4 * points.numpy() - exact)[heights.numpy() > 0.2].mean(0)
+    assert np.abs(bias).max() < 0.35
+
+
+def test_the_shipped_network_looks_at_videos_too(tmp_path, monkeypatch):
+    """It knows embedded people alone, and says what it finds in Human3.6M's order, or that it finds nobody."""
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "cache"))
+    network = open_network(str(CHECKPOINT))
+    assert network.models == ("HUMAN36M_17",) and network.size == (256, 256)
+    write_videos(tmp_path / "film", length=1, n=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert read_film(tmp_path / "film", str(CHECKPOINT), progress=False).model == "HUMAN36M_17"
+        except ValueError as error:
+            assert "finds nobody in any of 1 frames" in str(error)
+
+
+def test_a_network_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        ValueError, match=r'a network is "movenet", or a file .pth, .safetensors or .onnx, got .openpose'
+    ):
+        open_network("openpose")
+    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such network"):
+        open_network(str(tmp_path / "none.pth"))
+    with pytest.raises(FileNotFoundError, match="`make real` brings MoveNet's weights"):
+        open_network("movenet")
+    torch.manual_seed(0)
+    for joints, name in ((16, "pose_hrnet_256x256"), (17, "pose_hrnet_256x192")):
+        save_checkpoint(tmp_path / f"{name}.safetensors", PoseHRNet(**SLIM, joints=joints))
+    with pytest.raises(ValueError, match=r"256x256\.safetensors: 16 joints, which no model has: .*COCO_17 17.*MPII"):
+        open_network(str(tmp_path / "pose_hrnet_256x256.safetensors"))
+    coco = open_network(str(tmp_path / "pose_hrnet_256x192.safetensors"))
+    assert coco.models == ("COCO_17", "HUMAN36M_17") and coco.size == (192, 256)
+    assert coco(np.zeros((1, 256, 256, 3), np.uint8)).shape == (1, 17, 64, 64)
+    with pytest.raises(ValueError, match="17 joints, which HALPE_26 has not"):
+        seeing.open_network(str(tmp_path / "pose_hrnet_256x192.safetensors"), "HALPE_26")
+
+
+def test_a_folder_that_cannot_be_seen_is_refused_before_the_work(cache):
+    write_videos(cache, length=1)
+    with pytest.raises(ValueError, match="person is for detections, of which there are none"):
+        read_film(cache, "blobs", person=1)
+    with pytest.raises(ValueError, match=r"no camera cam09, there are cam01, cam02"):
+        read_film(cache, "blobs", cameras="cam09")
+    shutil.rmtree(cache / "videos")
+    with pytest.raises(ValueError, match="no video of cam01, cam02, cam03, cam04, here or in videos/"):
+        read_film(cache, "blobs")
+    (cache / "cam01.mp4").write_bytes(b"no video")
+    with (
+        pytest.warns(UserWarning, match="cameras without a video"),
+        pytest.raises(ValueError, match="no pictures in it"),
+    ):
+        read_film(cache, "blobs")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_videos(cache / "none")
+
+
+def test_pictures_without_anybody_say_so(cache):
+    write_videos(cache, length=2, n=2, blank={(v, t) for v in range(2) for t in range(2)})
+    with pytest.raises(ValueError, match="Blobs finds nobody in any of 2 frames"):
+        read_film(cache, "blobs", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--network", "movenet"], "--network looks at a recording's videos: say --recording"),
+        (["--recording", "FILM", "--network", "movenet"], "`make real` brings MoveNet's weights"),
+        (["--recording", "FILM", "--network", "none.onnx"], "no such network"),
+    ],
+)
+def test_the_report_checks_the_network_before_the_first_notebook(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setenv("EPIUTILS_CACHE", str(tmp_path / "cache"))
+    write_videos(tmp_path / "film", length=1, n=2)
+    given = [str(tmp_path / "film") if text == "FILM" else text for text in arguments]
+    with pytest.raises(SystemExit) as stop:
+        report.main([*given, "--only", "02", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
