@@ -375,7 +375,7 @@ def looking(tmp_path_factory):
     """A report over a notebook that looks at a recording of three cameras, its JSON numbered from 1."""
     folder = tmp_path_factory.mktemp("looking")
     write_recording(folder / "mine", frames=range(1, 4), n=3)
-    cells = '%recording = ""\noptions = {}\nthreshold = 1', LOOK
+    cells = '%recording = ""\noptions = {}\nthreshold = 1\njoint = "lwri"', LOOK
     notebook(folder / "nb" / "01_look.ipynb", "# 01 · A look\n\nAt yours.", *cells)
 
     def make(*arguments):
@@ -408,6 +408,10 @@ def test_what_the_reader_is_told_goes_through_the_report_and_comes_back_with_it(
         (("person", "2"), "no person 2"),
         (("person", "tall"), "person must be"),
         (("video_start", "x"), "video_start must be"),
+        (("cameras", "cam02"), "a report compares two cameras or more, here cam02 alone"),
+        (("cameras", "cam02,cam02"), "Calib.toml: cameras to read are named twice"),
+        (("threshold", "-1.5"), "threshold must be positive, in px, got -1.5"),
+        (("joint", "tail"), "no joint 'tail'; there are: nose, leye"),
     ],
 )
 def test_what_the_reader_refuses_is_told_before_any_notebook_runs(looking, capsys, given, message):

@@ -291,6 +291,8 @@ def read_recording(
     calib = find_calib(path)
     rig = read_calib(calib, unit="m" if unit == "auto" else unit)
     wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"{calib}: cameras to read are named twice: {', '.join(wanted)}")
     if unknown := set(wanted) - {camera.name for camera in rig}:
         raise ValueError(
             f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(camera.name for camera in rig)}"

@@ -105,7 +105,7 @@ def _typed(name: str, text: str, default):
 
 
 def _read(parameters: dict[Path, dict]) -> Recording | None:
-    """The recording that notebooks look at, read before they run: ValueError where it cannot be."""
+    """The recording that notebooks look at, read before they run: ValueError where it, or what they are told, cannot be."""
     told = next((p for p in parameters.values() if p.get("recording") and "options" in p), None)
     if told is None or human36m.is_there(told["recording"]):
         if any(p.get("network") for p in parameters.values()):
@@ -114,8 +114,18 @@ def _read(parameters: dict[Path, dict]) -> Recording | None:
     if told.get("network"):
         from epiutils.studies.filmed import read_film  # the network's work: what notebooks see, they find in the cache
 
-        return read_film(told["recording"], told["network"], **told["options"])
-    return read_recording(told["recording"], **told["options"])
+        recording = read_film(told["recording"], told["network"], **told["options"])
+    else:
+        recording = read_recording(told["recording"], **told["options"])
+    if len(recording.cameras) < 2:
+        raise ValueError(
+            f"{recording.path}: a report compares two cameras or more, here {recording.cameras[0].name} alone"
+        )
+    for choice in parameters.values():
+        recording.joints.index(choice.get("joint", recording.joints[0]))  # lists what there is
+        if not choice.get("threshold", 1) > 0:
+            raise ValueError(f"threshold must be positive, in px, got {choice['threshold']}")
+    return recording
 
 
 def _folder(option: str, text: str, *others: Path) -> str:
