@@ -86,7 +86,8 @@ class _Graph(nn.Module):
                     numbers[0].permute(3, 2, 0, 1))  # fmt: skip
             keys = [f"of_{len(self.steps)}_{k}" for k in range(len(numbers))]
             for key, value in zip(keys, numbers, strict=True):
-                self.register_buffer(key, value.contiguous(), persistent=False)
+                fast = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+                self.register_buffer(key, value.contiguous(memory_format=fast), persistent=False)
             self.steps.append((name, node, given, keys))
 
     @property
@@ -137,19 +138,19 @@ def _attribute(node: dict, key: str, kind: str) -> list:
 
 
 def _convolution(node: dict, maps: Tensor, weight: Tensor, *bias_and_more: Tensor) -> Tensor:
-    stride = _attribute(node, "strides", "i")[1:3]
+    stride, both = _attribute(node, "strides", "i")[1:3], (0, 0)
     if base64.b64decode(node["attr"]["padding"]["s"]) == b"SAME":  # TensorFlow's: what is odd goes to the right, below
         missing = [
             max((-(-size // s) - 1) * s + k - size, 0)
             for size, s, k in zip(maps.shape[2:], stride, weight.shape[2:], strict=True)
         ]
-        (top, left), (bottom, right) = ([m // 2 for m in missing], [m - m // 2 for m in missing])
-        maps = nn.functional.pad(maps, (left, right, top, bottom))
+        both, (below, right) = tuple(m // 2 for m in missing), (m % 2 for m in missing)
+        maps = nn.functional.pad(maps, (0, right, 0, below)) if below or right else maps
     groups = maps.shape[1] if "epthwise" in node["op"] else 1
     fused = _attribute(node, "fused_ops", "s")
     bias = bias_and_more[0] if "BiasAdd" in fused else None
-    maps = nn.functional.conv2d(maps, weight, bias, stride, groups=groups)
-    return maps.clamp(0, 6) if "Relu6" in fused else maps.relu() if "Relu" in fused else maps
+    maps = nn.functional.conv2d(maps, weight, bias, stride, both, groups=groups)
+    return maps.clamp_(0, 6) if "Relu6" in fused else maps.relu_() if "Relu" in fused else maps
 
 
 def _resize(node: dict, maps: Tensor, size: Tensor) -> Tensor:
