@@ -22,7 +22,7 @@ from epiutils.networks.pictures import PoseNetwork, open_network, predict_views
 from epiutils.networks.tracking import track
 from epiutils.report import run as report
 from epiutils.studies import filmed
-from epiutils.studies.filmed import open_instant, read_film, seen
+from epiutils.studies.filmed import look_again, open_instant, read_film, seen
 
 NAMES = JOINTS["COCO_17"]
 DRAWN = [j for j, name in enumerate(NAMES) if name[1:] not in ("eye", "ear")]  # those lie too close together
@@ -215,6 +215,10 @@ def test_notebooks_get_an_instant_and_maps_that_lie_at_its_joints(cache):
         np.testing.assert_allclose(4 * points[known], exact[known], atol=2.0)
         np.testing.assert_allclose(4 * points[known], view.joints[known], atol=2.0)
         assert known.sum() > 6
+    pictures, before, look = look_again(3, str(cache), "blobs")
+    assert pictures.shape == (4, 256, 256, 3) and before.output.shape == (1, 4, 17, 64, 64)
+    torch.testing.assert_close(look(pictures), before.output[0])
+    torch.testing.assert_close(before.output[0].double(), torch.stack(maps))
     data, frame = open_instant(20)
     views, maps = seen(data, frame)
     assert maps[0].shape == (17, 64, 64) and len(views) == 4

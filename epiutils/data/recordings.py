@@ -143,7 +143,8 @@ class Recording:
                     ok, next_one[v] = film.grab(), next_one[v] + 1
                 ok, image = film.retrieve() if ok and index >= 0 else (False, None)
                 fits = ok and image is not None
-                shown.append(_fit(image[..., ::-1].copy(), self.cameras[v].size) if fits else self.picture(v, frame))
+                whole = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if fits else None
+                shown.append(_fit(whole, self.cameras[v].size) if fits else self.picture(v, frame))
             yield shown
 
     def crop(self, v: int, t: int, image: np.ndarray, size=(256, 256), undistort: bool = True) -> View:

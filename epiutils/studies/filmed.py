@@ -20,7 +20,7 @@ from epiutils.data.bodies import guess_model, guess_seventeen
 from epiutils.data.checks import check_detections, check_geometry
 from epiutils.data.layouts import POSES, find_calib
 from epiutils.data.recordings import Recording, Status, heatmaps, read_recording, read_videos
-from epiutils.data.views import View
+from epiutils.data.views import Predicted, View
 from epiutils.networks.hrnet import load_checkpoint
 from epiutils.networks.movenet import MoveNet
 from epiutils.networks.onnx import OnnxPose
@@ -119,3 +119,11 @@ def seen(data, frame: int, network: str = "") -> tuple[list[View], list[Tensor]]
     eye = open_network(network, data.model)
     views = data.views(frame, size=(eye.side,) * 2)
     return [eye.aligned(view) for view in views], list(predict_views(eye, [views]).output[0].double())
+
+
+def look_again(frame: int, recording: str, network: str, **options) -> tuple[np.ndarray, Predicted, PoseNetwork]:
+    """The pictures (V, S, S, 3) of one instant's views, what a network sees in them, N = 1, and the network itself."""
+    data, frame = open_instant(frame, recording, network, **options)
+    eye = open_network(network, data.model)
+    views = data.views(frame, size=(eye.side,) * 2)
+    return np.stack([view.image for view in views]), predict_views(eye, [views]), eye
