@@ -210,9 +210,19 @@ def test_a_video_that_is_no_file_or_never_ends_is_refused(tmp_path):
     for camera in ("cam01", "cam02"):
         (path / f"{camera}.mp4").unlink()
         shutil.copy(path / "calibration" / "Calib.toml", path / f"{camera}.mp4")
+    with pytest.raises(ValueError, match=r"cam01\.mp4 is not a video that OpenCV can read"):
+        read_recording(path, "BODY_25B")
+    for camera in ("cam01", "cam02"):
+        size = read_calib(path / "calibration" / "Calib.toml")[0].size
+        film = cv2.VideoWriter(str(path / f"{camera}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 30, size)
+        for _ in range(3):
+            film.write(np.zeros((*size[::-1], 3), np.uint8))
+        film.release()
         (path / camera / "0.json").rename(path / camera / "999999999999999.json")
+    with pytest.warns(UserWarning, match="some have none"):
+        recording = read_recording(path, "BODY_25B")
     with pytest.raises(ValueError, match=r"cam01\.mp4: no picture 999999999999999"):
-        read_recording(path, "BODY_25B").views(999999999999999)
+        recording.views(999999999999999)
 
 
 def jpeg(size=(1000, 1000), kind=".jpg"):

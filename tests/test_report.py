@@ -492,7 +492,8 @@ def test_a_full_disk_is_named(made, instead, monkeypatch, capsys):
 
     monkeypatch.setattr(report, "build", nothing)
     assert made[1]("--resume", "--only", "01", "-p", "slope", "2") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "report: [Errno 28] No space left on device"
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"report: [Errno 28] No space left on device, while writing to {made[0]}"
 
 
 def test_a_package_that_is_not_installed_but_at_hand_is_no_reason_to_fail(made, monkeypatch):

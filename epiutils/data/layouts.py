@@ -139,7 +139,8 @@ def _of_alphapose(file: Path, limit: int, within: Path) -> dict[int, list[tuple[
     data, frames = read_bytes(file, 64 * limit, within), {}
     with reading(file, "AlphaPose's [{image_id, keypoints: [x, y, c …]}, …]"):
         for i, found in enumerate(json.loads(data)):
-            digits = re.findall(r"\d+", Path(str(found["image_id"])).stem or str(found["image_id"]))
+            name = str(found["image_id"])
+            digits = re.findall(r"\d+", os.path.splitext(os.path.basename(name))[0] or name)
             person = np.array(found["keypoints"], dtype=np.float64)
             frames.setdefault(_number(digits[-1:], file), []).append((person, file, i))
     return frames

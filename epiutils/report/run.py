@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _report(args, notebooks, parameters, recording)
     except OSError as error:  # a full disk
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {error}{'' if error.filename else f', while writing to {args.out}'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while pages were written; in a notebook `_report` has heard it
         print("report: interrupted. What was done is kept; go on with --resume.", file=sys.stderr)
