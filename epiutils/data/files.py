@@ -50,7 +50,7 @@ def check_file(path: str | os.PathLike, limit: float = float("inf"), within: str
 def read_bytes(path: str | os.PathLike, limit: int = 16 << 20, within: str | os.PathLike | None = None) -> bytes:
     """The bytes of a file that `check_file` lets pass."""
     with reading(path, "a file that can be read"), check_file(path, limit, within).open("rb") as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))  # room for `limit` bytes would be made each time
 
 
 def read_toml(path: str | os.PathLike, limit: int = 1 << 20, within: str | os.PathLike | None = None) -> dict:
