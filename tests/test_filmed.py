@@ -299,6 +299,8 @@ def test_a_folder_that_cannot_be_seen_is_refused_before_the_work(cache):
         read_film(cache, "blobs", person=1)
     with pytest.raises(ValueError, match=r"no camera cam09, there are cam01, cam02"):
         read_film(cache, "blobs", cameras="cam09")
+    with pytest.raises(ValueError, match="cameras to read are named twice: cam01, cam01"):
+        read_film(cache, "blobs", cameras="cam01,cam01")
     shutil.rmtree(cache / "videos")
     with pytest.raises(ValueError, match="no video of cam01, cam02, cam03, cam04, here or in videos/"):
         read_film(cache, "blobs")

@@ -291,13 +291,7 @@ def read_recording(
         raise ValueError(f'unit must be "auto" or one of {", ".join(UNITS)}, got {unit!r}')
     calib = find_calib(path)
     rig = read_calib(calib, unit="m" if unit == "auto" else unit)
-    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"{calib}: cameras to read are named twice: {', '.join(wanted)}")
-    if unknown := set(wanted) - {camera.name for camera in rig}:
-        raise ValueError(
-            f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(camera.name for camera in rig)}"
-        )
+    wanted = _wanted(cameras, rig, calib)
     below, folders = find_detections(path, [camera.name for camera in rig], warn)
     folders = {camera.name: (camera, folder) for camera, folder in zip(rig, folders, strict=True) if folder}
     if bare := [name for name in wanted if name not in folders]:
@@ -368,9 +362,7 @@ def read_videos(
     calib = find_calib(path)
     rig = read_calib(calib, unit=unit)
     known = [camera.name for camera in rig]
-    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
-    if unknown := set(wanted) - set(known):
-        raise ValueError(f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(known)}")
+    wanted = _wanted(cameras, rig, calib)
     found = dict(zip(known, find_videos(path, known, warn), strict=True))
     chosen = [name for name in wanted or known if found[name] is not None]
     if len(chosen) < max(len(wanted), 1):
@@ -389,6 +381,17 @@ def read_videos(
     nobody = np.full((len(rig), length), Status.NO_FILE)
     return Recording(path, "", rig, np.arange(length) + video_start, np.zeros((*nobody.shape, 0, 3)), nobody,
                      np.full(nobody.shape, -1), videos, (0,) * len(rig), video_start, tuple(notes))  # fmt: skip
+
+
+def _wanted(cameras: str | Sequence[str], rig: Sequence[Camera], calib: Path) -> list[str]:
+    """The names of the cameras that were asked for, none where all are."""
+    known = [camera.name for camera in rig]
+    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"{calib}: cameras to read are named twice: {', '.join(wanted)}")
+    if unknown := set(wanted) - set(known):
+        raise ValueError(f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(known)}")
+    return wanted
 
 
 def _count(video: Path) -> int:
