@@ -33,7 +33,7 @@ def project(X, P):
     return xp.where(front, pixels, xp.full_like(pixels, xp.nan))
 
 
-def _reprojection_error(X, points, P):
+def reprojection_error(X, points, P):
     """Distance from the image of a point to its pixel in each view, |project(X, P) − x| (H&Z 12.3).
 
     X: (..., 3) metres.  points: (..., V, 2).  P: (..., V, 3, 4).  Returns (..., V) px; nan where a view has not both.
@@ -104,7 +104,7 @@ def triangulate_robust(
     pairs = np.stack(np.triu_indices(points.shape[-2], 1), -1)  # (H, 2)
     X = triangulate(points[..., pairs, :], P[..., pairs, :, :])  # (..., H, 3)
     X = np.concatenate([triangulate(points, P, w)[..., None, :], X], -2)
-    error = _reprojection_error(X, points[..., None, :, :], P[..., None, :, :, :])  # (..., 1 + H, V)
+    error = reprojection_error(X, points[..., None, :, :], P[..., None, :, :, :])  # (..., 1 + H, V)
     agree = error <= threshold
     score = (w[..., None, :] * np.where(agree, 1 - (error / threshold) ** 2, 0)).sum(-1) * (agree.sum(-1) > 1)
     w = w * np.take_along_axis(agree, score.argmax(-1)[..., None, None], -2)[..., 0, :]

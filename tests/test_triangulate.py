@@ -89,7 +89,7 @@ def test_projection_is_the_cameras_and_opencvs_and_its_error_the_distance_in_px(
     offset = np.random.default_rng(seed).normal(0, 5, pixels.shape)
     offset[3, 1] = np.nan
     expected = np.hypot(offset[..., 0], offset[..., 1])
-    np.testing.assert_allclose(triangulation._reprojection_error(X, pixels + offset, P), expected, atol=1e-9)
+    np.testing.assert_allclose(triangulation.reprojection_error(X, pixels + offset, P), expected, atol=1e-9)
 
 
 def test_a_point_in_or_behind_the_cameras_plane_has_no_image_whatever_the_sign_of_P():
@@ -199,7 +199,7 @@ def test_a_weight_of_2_is_four_views_and_a_large_one_has_its_way():
     expected = triangulate(points[:, four], P[four])
     np.testing.assert_allclose(triangulate(points, P, np.broadcast_to(weights, (30, 3))), expected)
     found = [triangulate(points, P, np.tile((1, w, 1), (30, 1))) for w in (1.0, 10, 100)]
-    errors = [triangulation._reprojection_error(X, points, P)[:, 1].max() for X in found]
+    errors = [triangulation.reprojection_error(X, points, P)[:, 1].max() for X in found]
     assert errors[0] > 1 and errors[1] < 0.1 * errors[0] and errors[2] < 0.02 * errors[1]
 
 
@@ -362,7 +362,7 @@ def test_inliers_are_within_the_threshold_and_more_of_them_with_a_larger_one(see
     counts = []
     for threshold in (4.0, 8.0, 16.0):
         X, inliers = triangulate_robust(points, P, threshold=threshold)
-        error = triangulation._reprojection_error(X, points, P)
+        error = triangulation.reprojection_error(X, points, P)
         assert error[inliers].max() < 2 * threshold and np.quantile(error[inliers], 0.95) < threshold
         assert (inliers.sum(1) != 1).all() and (np.isnan(X).any(1) == (inliers.sum(1) == 0)).all()
         counts.append(inliers.sum())
