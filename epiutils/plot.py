@@ -229,6 +229,17 @@ def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, un
     return ax
 
 
+def gauge(ax: Axes, names: Sequence[str], now, before) -> Axes:
+    """Percentages as bars with their names, and as marks what they were before."""
+    ax.barh(range(len(names)), now, color=ORANGE, height=0.5)
+    ax.vlines(before, np.arange(len(names)) - 0.25, np.arange(len(names)) + 0.25, color="black", lw=2)
+    for y, (name, value) in enumerate(zip(names, now, strict=True)):
+        ax.text(0, y - 0.3, f"{name}: {value:.1f} %", fontsize=10)
+    ax.set(xlim=(0, 100), ylim=(len(names) - 0.6, -0.7), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return ax
+
+
 def effects(ax: Axes, rows: dict[str, tuple[float, tuple[float, float]]], colour=BLUE) -> Axes:
     """Changes as dots with their intervals, one a row, from the top down, and the line of no change.
 

@@ -229,7 +229,7 @@ def test_what_a_band_counts_for_divides_the_ridge_by_the_number_of_its_pixels():
     mean, even = (NormalEquations.of(pairs, per_band=count) for count in (1.0, 40.0))
     (n, s, r), F = pairs.chosen[0, 0], pairs.F[0]
     count = redirect(torch.ones(SHAPE, dtype=torch.float64), F, 1.0).clamp_min(1)
-    A = (redirect(causes._nine_shifts(predicted.output[n, s]), F, 1.0) / count).flatten(-2)
+    A = (redirect(causes.nine_shifts(predicted.output[n, s]), F, 1.0) / count).flatten(-2)
     weight = predicted.weight[n, r]
     gram = weight[:, None, None] * (A @ A.mT) / A.shape[-1]
     torch.testing.assert_close(mean.gram[0], gram, rtol=1e-9, atol=1e-15)
@@ -243,7 +243,7 @@ def test_the_nine_shifts_are_the_modules_windows_and_its_initial_weights_pytorch
     maps = random_maps(4, *TINY)
     for k in range(9):
         fusion = OriginalFusion(shape=TINY, initial=torch.eye(9)[k].reshape(3, 3)).double()
-        torch.testing.assert_close(causes._nine_shifts(maps)[:, k], fusion.convolve(maps).detach(), rtol=0, atol=0)
+        torch.testing.assert_close(causes.nine_shifts(maps)[:, k], fusion.convolve(maps).detach(), rtol=0, atol=0)
     for seed, weights in zip((0, 7), causes.initial_weights((0, 7)), strict=True):
         torch.manual_seed(seed)
         assert torch.equal(OriginalFusion().weight.detach().flatten(), weights)
@@ -296,6 +296,26 @@ def test_a_profile_reads_the_ridge_at_the_pixels_nearest_to_the_line(seed):
     assert far[0] == 0 and (np.diff(far) >= 1).all() and (np.diff(far) <= 2**0.5 + 1e-9).all()
 
 
+@pytest.mark.parametrize("collect", ["sum", "max"])
+def test_ridges_are_as_high_and_as_uneven_as_their_profiles(collect):
+    predicted = made(3, scenes=8)
+    pairs = Pairs(predicted, causes.each_pair(range(8)), maps="target")
+    high, walks = [], []
+    for k, (n, s, r) in enumerate(pairs.chosen[:, 0]):
+        for source, reference in zip(predicted.target[n, s], predicted.target[n, r], strict=True):
+            ridge = pairs.ridges(1.0, collect)[k][
+                int((predicted.target[n, s] == source).all((-2, -1)).int().argmax())
+            ].float()
+            high.append(float(ridge.max() / reference.max()))
+            y, x = np.unravel_index(int(source.argmax()), source.shape)
+            line = predicted.F[n, s, r] @ torch.tensor([x, y, 1.0], dtype=torch.float64)
+            walk = causes.along_line(ridge, line)[1]
+            if k % 7 == 0 and len(walk) > 20:
+                walks.append((walk.max() - walk.min()) / walk.mean())
+    given = causes.shape_of_ridges(pairs, 1.0, collect)
+    assert given == pytest.approx((np.sort(high)[(len(high) - 1) // 2], np.median(walks)), rel=1e-3)
+
+
 def test_a_line_beside_the_map_has_no_profile_and_a_flat_one_no_unevenness():
     far, values = causes.along_line(torch.ones(TINY), torch.tensor([0.0, 1, 30]))
     assert len(far) == len(values) == 0
@@ -334,18 +354,11 @@ def test_forgetting_the_crop_takes_f_of_the_whole_pictures(seed):
 # Effects and pictures
 
 
-def test_joints_are_counted_by_who_had_them_right():
-    rng = np.random.default_rng(0)
-    source, reference, fused = rng.choice([0.0, 1.0, np.nan], (3, 50, 4, 6), p=[0.45, 0.45, 0.1])
-    counts, shares = causes.two_by_two(source, reference, fused)
-    for r in (0, 1):
-        for s in (0, 1):
-            cell = [
-                f for a, b, f in zip(source.flat, reference.flat, fused.flat) if (a, b) == (s, r) and not np.isnan(f)
-            ]
-            assert counts[r, s] == len(cell) and shares[r, s] == pytest.approx(np.mean(cell))
-    counts, shares = causes.two_by_two(np.ones(3), np.ones(3), np.zeros(3))
-    assert counts.tolist() == [[0, 0], [0, 3]] and shares[1, 1] == 0 and np.isnan(shares).sum() == 3
+def test_a_gauge_shows_what_is_and_marks_what_was():
+    ax = plot.gauge(plot.figure()[1], ("all", "some"), [40.0, 30.0], [50.0, 20.0])
+    assert [bar.get_width() for bar in ax.patches] == [40, 30]
+    assert [text.get_text() for text in ax.texts] == ["all: 40.0 %", "some: 30.0 %"]
+    assert [segment[0][0] for segment in ax.collections[0].get_segments()] == [50, 20]
 
 
 def test_a_waterfall_reaches_from_each_value_to_the_next():

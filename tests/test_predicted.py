@@ -106,7 +106,8 @@ def test_the_summary_splits_the_accuracy_into_that_of_visible_and_of_hidden_join
     right = found_by(None, predicted)
     given = summary(right, predicted.visible)
     output, target, seen = (a.flatten(0, 1) for a in (predicted.output, predicted.target, predicted.visible))
-    assert given.keys() == {"accuracy", "accuracy_ci", "accuracy_visible", "accuracy_occluded"}
+    assert given.keys() == {"accuracy", "accuracy_ci", "accuracy_visible", "accuracy_occluded", "n"}
+    assert given["n"] == sum(not math.isnan(v) for v in right.flat)
     assert given["accuracy"] == pytest.approx(accuracy(output, target), abs=1e-12) and given["accuracy"] == joint_mean(
         right
     )

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from epiutils.cameras import Camera
 from epiutils.data.views import Predicted
-from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
+from epiutils.epipolar import epipolar_lines, epipoles, find_fundamental, fundamental_from_cameras, transfer
 from epiutils.fusion import SimpleFusion
-from epiutils.heatmaps import hrnet_distances
+from epiutils.heatmaps import decode, hrnet_distances
 from epiutils.metrics import found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
@@ -162,13 +162,11 @@ class Pairs:
     def _score(self, weights: Tensor, threshold: float, per_band: float | None, sigmoid: bool) -> np.ndarray:
         output, target = getattr(self.predicted, self.maps), self.predicted.target
         joints = output.shape[2]
-        kernels = weights.reshape(len(weights), -1, 3, 3)  # (S, 1 or J, 3, 3)
-        kernels = kernels.expand(-1, joints, 3, 3).transpose(0, 1).reshape(-1, 1, 3, 3)  # (J · S, 1, 3, 3)
+        kernels = weights.reshape(len(weights), -1, 9).expand(-1, joints, 9).transpose(0, 1)  # (J, S, 9)
         right = np.empty((len(weights), len(self), joints))
         for k, ((n, s, r), pencil) in enumerate(zip(self._index.T, self.pencils(threshold), strict=True)):
-            weighed = nn.functional.conv2d(output[n, s][None], kernels, padding=1, groups=joints)
-            ridge = _ridge(pencil, weighed.view(joints, -1, *self.shape), per_band)
-            fused = output[n, r][:, None] + ridge  # (J, S, H, W)
+            A = _ridge(pencil, nine_shifts(output[n, s]), per_band).flatten(-2)  # (J, 9, H·W)
+            fused = (output[n, r].flatten(-2)[:, None] + kernels @ A).unflatten(-1, self.shape)  # (J, S, H, W)
             right[:, k] = found(fused.sigmoid() if sigmoid else fused, target[n, r][:, None].expand_as(fused)).T
         return right.reshape(-1, *self.chosen.shape[:2], joints)
 
@@ -212,7 +210,7 @@ class NormalEquations:
         shown, shifts = None, None
         for k, ((n, s, r), F) in enumerate(zip(pairs._index.T.tolist(), pairs.F, strict=True)):
             if shown != (n, s):
-                shown, shifts = (n, s), _nine_shifts(maps[n, s])
+                shown, shifts = (n, s), nine_shifts(maps[n, s])
             pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
             A = _ridge(pencil, shifts, per_band).flatten(-2)  # (J, 9, H·W)
             e = (target[n, r] - maps[n, r]).flatten(-2)[:, None]  # (J, 1, H·W)
@@ -245,18 +243,23 @@ class NormalEquations:
         over = (0,) if each_joint else (0, 1)
         return (torch.linalg.pinv(self.gram.mean(over), hermitian=True) @ self.moment.mean(over)[..., None])[..., 0]
 
-    def train(self, initial: Tensor, seeds: Sequence[int], steps: int, batch: int = 8, lr: float = 1e-3) -> Tensor:
-        """The weights before and after each step of `training.train` without decay or schedule: (S, steps + 1, 9).
+    def train(
+        self, initial: Tensor, seeds: Sequence[int], steps: int, batch: int = 8, lr: float | Sequence[float] = 1e-3
+    ) -> Tensor:
+        """The weights before and after each step of `training.train` without decay: (S, steps + 1, 9).
 
         initial: (S, 9), each seed's; the seed orders the pairs.  AdamW scales each number by itself, so the S
-        trainings are one.
+        trainings are one.  Of (S, J, 9), weights of each joint's own, (S, steps + 1, J, 9).  lr: or one for each step.
         """
-        grams, moments = self.gram.mean(1), self.moment.mean(1)  # (P, 9, 9), (P, 9)
+        own = initial.ndim == 3
+        grams, moments = (v / v.shape[1] if own else v.mean(1) for v in (self.gram, self.moment))
         weights = nn.Parameter(initial.clone())
-        optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0)
+        optimizer = torch.optim.AdamW([weights], lr=1e-3, weight_decay=0)
         orders = [itertools.islice(batches(len(grams), batch, seed), steps) for seed in seeds]
+        rates = [lr] * steps if isinstance(lr, float) else lr
         path = [initial]
-        for drawn in zip(*orders, strict=True):
+        for rate, drawn in zip(rates, zip(*orders, strict=True), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
             chosen = torch.tensor([[index for _, index in pairs] for pairs in drawn])  # (S, batch)
             gradient = (grams[chosen].mean(1) @ weights.detach().double()[..., None])[..., 0] - moments[chosen].mean(1)
             weights.grad = gradient.to(weights.dtype)
@@ -265,7 +268,7 @@ class NormalEquations:
         return torch.stack(path, 1)
 
 
-def _nine_shifts(maps: Tensor) -> Tensor:
+def nine_shifts(maps: Tensor) -> Tensor:
     """What each of the nine weights, at 1 and alone, makes of heatmaps, row by row: (J, H, W) → (J, 9, H, W)."""
     height, width = maps.shape[-2:]
     padded = nn.functional.pad(maps, (1, 1, 1, 1))
@@ -325,6 +328,19 @@ def unevenness(profile: np.ndarray) -> float:
     return float(np.ptp(profile) / np.mean(profile))
 
 
+def shape_of_ridges(pairs: Pairs, threshold: float, collect: str = "sum") -> tuple[float, float]:
+    """How high ridges are over the reference's peak, and their `unevenness` along the line: medians over the joints.
+
+    The unevenness is of every seventh pair, along the line of the source's peak.
+    """
+    ridges, walks = pairs.ridges(threshold, collect).float(), []
+    height = (ridges.amax((-2, -1)) / pairs.reference.amax((-2, -1))).nanmedian()
+    for k in range(0, len(pairs), 7):
+        lines = epipolar_lines(pairs.F[k], decode(pairs.source[k], "argmax")[0].double())
+        walks += [along_line(ridge, line)[1] for ridge, line in zip(ridges[k], lines, strict=True)]
+    return float(height), float(np.median([unevenness(walk) for walk in walks if len(walk) > 20]))
+
+
 def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
     """Whether the epipole lies in the reference heatmap (H, W): F (..., 3, 3) → (...) bool."""
     e = epipoles(F)[1]
@@ -333,36 +349,25 @@ def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
     return (x > -0.5) & (x < shape[1] - 0.5) & (y > -0.5) & (y < shape[0] - 0.5)
 
 
-def forgetting_crop(cameras: Sequence[Camera], shape: tuple[int, int], joints: np.ndarray | None = None) -> Tensor:
-    """F between heatmaps as if they showed the whole pictures, not crops: (V, V, 3, 3), F[s, r] from view s to view r.
+def between_pictures(cameras: Sequence[Camera], joints: np.ndarray | None = None) -> np.ndarray:
+    """F between whole pictures, whose distortion is taken away: (V, V, 3, 3), F[s, r] from view s to view r.
 
-    cameras: of the whole pictures, whose distortion is taken away.  From calibration; or, with joints (..., 3) in
-    metres, by OpenCV's least median of squares from their whole pixels, as its tutorial does it.
+    From calibration; or, with joints (..., 3) in metres, by OpenCV's least median of squares from their whole pixels,
+    as its tutorial does it.
     """
     cameras = [camera.without_distortion() for camera in cameras]
     F = np.zeros((len(cameras), len(cameras), 3, 3))
-    scales = [np.diag([shape[1] / c.size[0], shape[0] / c.size[1], 1.0]) for c in cameras]
     for s, r in itertools.permutations(range(len(cameras)), 2):
         if joints is None:
-            between = fundamental_from_cameras(cameras[s], cameras[r])
+            F[s, r] = fundamental_from_cameras(cameras[s], cameras[r])
         else:
-            pixels = [np.rint(cameras[v].project(joints.reshape(-1, 3))) for v in (s, r)]
-            between = find_fundamental(*pixels, "lmeds")[0]
-        F[s, r] = transfer(between, scales[s], scales[r])
-    return torch.from_numpy(F)
+            F[s, r] = find_fundamental(*(np.rint(cameras[v].project(joints.reshape(-1, 3))) for v in (s, r)), "lmeds")[
+                0
+            ]
+    return F
 
 
-# Effects
-
-
-def two_by_two(source: np.ndarray, reference: np.ndarray, fused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Joints by whether the source and the reference had them right: how many, and the share that is right when fused.
-
-    source, reference, fused: found (...), of one shape, of 1, 0 and nan.  Returns counts and shares (2, 2), rows
-    reference wrong, right; columns source wrong, right; a share of none is nan.
-    """
-    counted = ~np.isnan(source + reference + fused)
-    cells = [[counted & (reference == r) & (source == s) for s in (0, 1)] for r in (0, 1)]
-    counts = np.array([[cell.sum() for cell in row] for row in cells])
-    right = np.array([[fused[cell].sum() for cell in row] for row in cells])
-    return counts, np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
+def forgetting_crop(cameras: Sequence[Camera], shape: tuple[int, int], joints: np.ndarray | None = None) -> Tensor:
+    """F between heatmaps as if they showed the whole pictures, not crops: (V, V, 3, 3); see `between_pictures`."""
+    scales = np.stack([np.diag([shape[1] / c.size[0], shape[0] / c.size[1], 1.0]) for c in cameras])
+    return torch.from_numpy(transfer(between_pictures(cameras, joints), scales[:, None], scales[None]))

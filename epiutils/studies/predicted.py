@@ -293,7 +293,7 @@ def triangulated(
 
 
 def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float | list[float] | tuple[float, float]]:
-    """HRNet's accuracy, its 95 % interval over performances and seeds, and that of visible and of hidden joints.
+    """HRNet's accuracy of n joints, its 95 % interval over performances and seeds, and that of visible and hidden ones.
 
     right: (N, V, J) as `found_by` gives it, or (S, N, V, J) of S seeds, then their mean, and where S > 1 also
     `accuracy_by_seed`.  visible: (N, V, J).
@@ -307,6 +307,7 @@ def summary(right: np.ndarray, visible: np.ndarray | Tensor) -> dict[str, float 
         "accuracy_ci": interval,
         "accuracy_visible": joint_mean(np.where(visible, right, np.nan)),
         "accuracy_occluded": joint_mean(np.where(visible, np.nan, right)),
+        "n": int(np.isfinite(right).sum()),
     } | by_seed
 
 

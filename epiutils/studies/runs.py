@@ -44,6 +44,7 @@ from epiutils.studies.fitting import (
 from epiutils.studies.predicted import (
     CHECKPOINTS,
     choose,
+    found_back,
     found_by,
     freed,
     heatmaps_once,
@@ -66,6 +67,11 @@ class WithNext(nn.Module):
     def __init__(self, fusion: nn.Module):
         super().__init__()
         self.fusion = fusion
+
+    @property
+    def sharpness(self) -> Tensor:
+        """That of a repaired module."""
+        return self.fusion.sharpness
 
     def all_views(self, heatmaps: Tensor, F: Tensor) -> Tensor:
         views = [
@@ -91,6 +97,7 @@ PAIRED = {
 TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
     "alone": (rivals.Alone, views_loss),
     "repaired_frozen": (RepairedFusion, views_loss),
+    "repaired_one": (lambda: WithNext(RepairedFusion()), views_loss),  # of one source
     "line_sum": (lambda: rivals.Line("sum"), views_loss),
     "line_mean": (lambda: rivals.Line("mean"), views_loss),
     "line_max": (lambda: rivals.Line("max"), views_loss),
@@ -269,6 +276,39 @@ def originals(
     return {name: {key: np.stack([run[key] for run in each]) for key in each[0]} for name, each in made.items()}
 
 
+def eleven() -> dict[str, dict[str, np.ndarray]]:
+    """What the stored modules find of subject 11, on whom nothing was chosen: found (S, N, V, J) by point and method.
+
+    One instant of each performance.  Raises FileNotFoundError where nothing is stored.
+    """
+    of: dict[str, dict] = {}
+    for name, found in load_arrays(RESULTS / "eleven.npz").items():
+        if name != "meta":
+            point, method, _ = name.split("/")
+            of.setdefault(point, {})[method] = found
+    return of
+
+
+_ON_ELEVEN = ("original_frozen", "line_max", "weighted_max", "repaired_one", "repaired_frozen")
+
+
+def _score_eleven() -> None:
+    """Subject 11 seen by both backbones, fused by the modules whose weights are stored."""
+    arrays = {"meta": {"command": "python -m epiutils.studies.runs --eleven", "device": device_name()}}
+    for point in _FREE_SPLIT:
+        seen, stored = heatmaps_once(point, "test-large", slice(420, 840, 3)), load(point)
+        arrays[f"{point}/hrnet/found"] = found_by(None, seen)[None]
+        arrays[f"{point}/robust_reprojected/found"] = found_back(triangulated(None, seen)[1]["robust"], seen)[None]
+        for method in _ON_ELEVEN:
+            right = []
+            for weights in stored[method]["weights"]:
+                module = WithNext(OriginalFusion()) if method in PAIRED else TOGETHER[method][0]()
+                nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
+                right.append(found_by(module.requires_grad_(False), seen))
+            arrays[f"{point}/{method}/found"] = np.stack(right)
+    save_arrays(RESULTS / "eleven.npz", arrays)
+
+
 def measured(name: str) -> dict:
     """What a script of benchmarks/ measured and stored, with its command and device: "fusion" or "throughput".
 
@@ -330,8 +370,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--points", nargs="+", choices=_FREE_SPLIT, default=list(_FREE_SPLIT))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--eleven", action="store_true", help="score what is stored on subject 11, and nothing else")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "studies", help="where single runs are kept")
     chosen = parser.parse_args(arguments)
+    if chosen.eleven:
+        _score_eleven()
+        return 0
     for point in chosen.points:
         for method in chosen.methods:
             for seed in _seeds(point, method, chosen.seeds):
