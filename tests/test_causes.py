@@ -319,8 +319,8 @@ def test_ridges_are_as_high_and_as_uneven_as_their_profiles(collect):
 def test_a_line_beside_the_map_has_no_profile_and_a_flat_one_no_unevenness():
     far, values = causes.along_line(torch.ones(TINY), torch.tensor([0.0, 1, 30]))
     assert len(far) == len(values) == 0
-    assert causes.unevenness(np.full(5, 3.0)) == 0
-    assert causes.unevenness(np.array([1.0, 2, 3])) == 1
+    assert causes._unevenness(np.full(5, 3.0)) == 0
+    assert causes._unevenness(np.array([1.0, 2, 3])) == 1
 
 
 def test_the_epipole_is_inside_where_the_source_camera_is_in_the_picture():

@@ -208,7 +208,7 @@ def test_what_a_folder_is_called_is_shown_as_it_is(tmp_path, monkeypatch, name):
     notebook(out / "notebooks" / path.name, "# X")
     monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(out))
     monkeypatch.setenv("EPIUTILS_REPORT_SOURCE", path.stem)
-    for figure in ("05_waterfall", "05_other"):
+    for figure in ("05_shares", "05_other"):
         record_figure(figure, Figure(figsize=(1, 1)), f"seen in {name}")
     record("real.off", 2, f"px (recording {name})")
     story.build([path], out, META, partial=False, publish=tmp_path)
@@ -289,13 +289,13 @@ def test_the_numbers_told_are_those_of_metrics(tmp_path):
 def test_the_story_shows_its_figures_once_and_in_its_order():
     source = {"source": "03_x", "label": "03 x", "page": "03_x.html"}
     nav = source | {"title": "X", "summary": "", "href": "03_x.html"}
-    names = ["03_first", "07_pose", "03_ladder", "05_waterfall"]
+    names = ["03_first", "07_pose", "03_ladder", "05_shares"]
     figures = [source | {"name": name, "caption": name, "svg": True} for name in names]
     page, readme = (story._story(name, {}, figures, [nav]) for name in ("story.html.j2", "README.md.j2"))
-    order = [page.index(f'src="figures/{name}') for name in ("05_waterfall.svg", "03_ladder.svg", "07_pose.svg")]
+    order = [page.index(f'src="figures/{name}') for name in ("05_shares.svg", "03_ladder.svg", "07_pose.svg")]
     assert order == sorted(order) and page.index("<details>") < page.index('alt="03_first"')
-    assert page.count('src="figures/05_waterfall.svg" alt="Why it failed"') == 1
-    assert readme.index("05_waterfall.png") < readme.index("03_ladder.png") < readme.index("07_pose.png")
+    assert page.count('src="figures/05_shares.svg" alt="Why it failed"') == 1
+    assert readme.index("05_shares.png") < readme.index("03_ladder.png") < readme.index("07_pose.png")
     assert "03_first" not in readme and "06_repairs" not in page + readme
 
 

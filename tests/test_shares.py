@@ -74,9 +74,9 @@ def test_f_of_points_is_placed_in_the_crops_or_not(rigged, points):
     X, (height, width) = seen.joints_3d[0].numpy(), seen.output.shape[-2:]
     for forgotten in (False, True):
         if not points and not forgotten:
-            assert shares.fundamentals(seen, cameras, False, False) is seen.F
+            assert shares._fundamentals(seen, cameras, False, False) is seen.F
             continue
-        F = shares.fundamentals(seen, cameras, points, forgotten)
+        F = shares._fundamentals(seen, cameras, points, forgotten)
         assert F.shape == seen.F.shape
         for s, r in ((0, 1), (3, 2)):
             x = []
@@ -106,7 +106,7 @@ def trained_on_heatmaps(lesson, seed, steps, start, lr):
 )
 def test_a_set_is_the_module_trained_without_those_causes(rigged, removed):
     (lesson, test), (cameras, _) = rigged
-    F = [shares.fundamentals(maps, cameras, "points" not in removed, "crop" not in removed) for maps in (lesson, test)]
+    F = [shares._fundamentals(maps, cameras, "points" not in removed, "crop" not in removed) for maps in (lesson, test)]
     lesson, test = (replace(maps, F=of) for maps, of in zip((lesson, test), F, strict=True))
     start = torch.zeros(2, 9) if "start" in removed else initial_weights(range(2))
     settings = (5 if "steps" in removed else 2), start, (1e-2 if "rate" in removed else 1e-3)
@@ -120,7 +120,7 @@ def test_a_set_is_the_module_trained_without_those_causes(rigged, removed):
 
 def test_weights_of_each_joint_are_those_that_it_alone_would_learn(rigged):
     (lesson, test), (cameras, _) = rigged
-    lesson, test = (replace(maps, F=shares.fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
+    lesson, test = (replace(maps, F=shares._fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
     given = of_sets(rigged, "shared")[1]
     for j in (0, 3):
         of_joint = {key: getattr(lesson, key)[:, :, [j]] for key in ("output", "target", "weight")}
@@ -131,7 +131,7 @@ def test_weights_of_each_joint_are_those_that_it_alone_would_learn(rigged):
 
 def test_low_and_even_bands_are_a_mean_along_the_line(rigged):
     (lesson, test), (cameras, _) = rigged
-    lesson, test = (replace(maps, F=shares.fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
+    lesson, test = (replace(maps, F=shares._fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
     mean = NormalEquations.of(Pairs(lesson, all_pairs(range(2))), per_band=1.0)
     weights = mean.train(initial_weights(range(2)), range(2), 2)[:, -1]
     right = Pairs(test, with_next(range(2))).score(weights, per_band=1.0)
@@ -161,7 +161,7 @@ def test_the_first_step_sums_the_ridges_of_all_sources(rigged):
 
 def test_each_change_of_the_first_step_is_made(rigged):
     (lesson, test), _ = rigged
-    sets = shares.first_step(lesson, test, 1, (3, 5))
+    sets = shares._first_step(lesson, test, 1, (3, 5))
     assert sets.shape == (32, 1, 2, 4, test.output.shape[2])
     module = SimpleFusion(1.0, initial=initial_weights([0])[0].reshape(3, 3))
     train(module, fusion_loss, HeatmapPairs(lesson), steps=3, batch=8, lr=1e-3, weight_decay=0, schedule="constant",
@@ -172,7 +172,7 @@ def test_each_change_of_the_first_step_is_made(rigged):
 def test_one_cause_alone_is_changed_in_the_module_that_failed(rigged):
     (lesson, test), cameras = rigged
     given = shares.alone(lesson, test, cameras, seeds=1, iterations=3)
-    wrong = [replace(maps, F=shares.fundamentals(maps, cameras[0], True, True)) for maps in (lesson, test)]
+    wrong = [replace(maps, F=shares._fundamentals(maps, cameras[0], True, True)) for maps in (lesson, test)]
     module = OriginalFusion(
         1.0, sigmoid=True, shape=test.output.shape[-2:], initial=initial_weights([0])[0].reshape(3, 3)
     )

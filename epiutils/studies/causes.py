@@ -323,13 +323,13 @@ def along_line(values: Tensor, line: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return far, np.asarray(values)[row[inside], column[inside]]
 
 
-def unevenness(profile: np.ndarray) -> float:
+def _unevenness(profile: np.ndarray) -> float:
     """By how much a profile varies: (largest − smallest) / mean."""
     return float(np.ptp(profile) / np.mean(profile))
 
 
 def shape_of_ridges(pairs: Pairs, threshold: float, collect: str = "sum") -> tuple[float, float]:
-    """How high ridges are over the reference's peak, and their `unevenness` along the line: medians over the joints.
+    """How high ridges are over the reference's peak, and their unevenness along the line: medians over the joints.
 
     The unevenness is of every seventh pair, along the line of the source's peak.
     """
@@ -338,7 +338,7 @@ def shape_of_ridges(pairs: Pairs, threshold: float, collect: str = "sum") -> tup
     for k in range(0, len(pairs), 7):
         lines = epipolar_lines(pairs.F[k], decode(pairs.source[k], "argmax")[0].double())
         walks += [along_line(ridge, line)[1] for ridge, line in zip(ridges[k], lines, strict=True)]
-    return float(height), float(np.median([unevenness(walk) for walk in walks if len(walk) > 20]))
+    return float(height), float(np.median([_unevenness(walk) for walk in walks if len(walk) > 20]))
 
 
 def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:

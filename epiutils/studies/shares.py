@@ -110,7 +110,7 @@ def shapley(values: np.ndarray) -> np.ndarray:
     return np.stack(shares)
 
 
-def fundamentals(predicted: Predicted, cameras: Sequence, points: bool, crop: bool) -> Tensor:
+def _fundamentals(predicted: Predicted, cameras: Sequence, points: bool, crop: bool) -> Tensor:
     """F between all heatmaps, right or wrong as the original may have had them: (N, V, V, 3, 3).
 
     cameras: of the whole pictures.  points: from the joints of the first instant by OpenCV, else from calibration.
@@ -149,7 +149,7 @@ def every_set(
     bar = tqdm(total=2 ** len(causes), desc="sets of causes", unit="set")
     for right_F, right_crop in either("points", "crop"):
         seen = [
-            _with(maps, fundamentals(maps, rig, not right_F, not right_crop))
+            _with(maps, _fundamentals(maps, rig, not right_F, not right_crop))
             for maps, rig in zip((lesson, test), cameras, strict=True)
         ]
         taught = Pairs(seen[0], all_pairs(range(len(lesson))))
@@ -196,7 +196,7 @@ def alone(
     "sigmoid" has one more; the others have one less: "epipole", no training pair with an epipole in the crop; "loss",
     a loss that asks for the joint's place; "threshold", of 3 px; "sources", the sources' maps without error.
     """
-    lesson, test = (_with(m, fundamentals(m, rig, True, True)) for m, rig in zip((lesson, test), cameras, strict=True))
+    lesson, test = (_with(m, _fundamentals(m, rig, True, True)) for m, rig in zip((lesson, test), cameras, strict=True))
     start, chosen = initial_weights(range(seeds)), all_pairs(range(len(lesson)))
     tested = Pairs(test, with_next(range(len(test))))
     fit = lambda pairs, threshold=1.0: NormalEquations.of(pairs, threshold).train(start, range(seeds), iterations)[
@@ -242,7 +242,7 @@ def _by_place(lesson: Predicted, start: Tensor, iterations: int) -> Tensor:
 # The first step of the ladder
 
 
-def first_step(
+def _first_step(
     lesson: Predicted, test: Predicted, seeds: int = SEEDS, iterations: tuple[int, int] = (50, 100)
 ) -> np.ndarray:
     """Which joints a sum finds, trained with each set of the changes of `FIRST_STEP`: (32, S, N, 4, J)."""
@@ -338,16 +338,16 @@ def _store(results: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays, left_out=left_out, meta=json.dumps(meta))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _main(arguments: list[str] | None = None) -> int:
     """Measure every set of causes, and store it."""
-    argparse.ArgumentParser(prog="python -m epiutils.studies.shares", description=main.__doc__).parse_args(arguments)
+    argparse.ArgumentParser(prog="python -m epiutils.studies.shares", description=_main.__doc__).parse_args(arguments)
     lesson = heatmaps_once("original", "train", slice(0, 840, 8))
     test = heatmaps_once("original", "test")[::4]
     cameras = tuple(open_dataset("", subject).cameras for subject in (1, 9))
-    results = {"first_step": first_step(lesson, test)} | alone(lesson, test, cameras)
+    results = {"first_step": _first_step(lesson, test)} | alone(lesson, test, cameras)
     _store({"sets": every_set(lesson, test, cameras)} | results)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())
