@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -271,14 +271,7 @@ def read_recording(
     folder is missing, ValueError naming the file or the cameras for all that is certainly wrong, files that lead out of
     the folder included.
     """
-    path, notes = Path(path), []
-
-    def warn(text: str) -> None:
-        notes.append(text)
-        warnings.warn(text, stacklevel=3)
-
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+    path, notes, warn = _opened(path)
     if model not in ("auto", *JOINTS):
         raise ValueError(f'model must be "auto" or one of {", ".join(JOINTS)}, got {model!r}')
     if isinstance(person, str) and person.isdecimal():
@@ -351,14 +344,7 @@ def read_videos(
     cameras, unit and video_start: as for `read_recording`.  Its frames are those of which every camera has a picture.
     Raises FileNotFoundError where the folder is missing, ValueError for what is certainly wrong.
     """
-    path, notes = Path(path), []
-
-    def warn(text: str) -> None:
-        notes.append(text)
-        warnings.warn(text, stacklevel=3)
-
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+    path, notes, warn = _opened(path)
     calib = find_calib(path)
     rig = read_calib(calib, unit=unit)
     known = [camera.name for camera in rig]
@@ -381,6 +367,19 @@ def read_videos(
     nobody = np.full((len(rig), length), Status.NO_FILE)
     return Recording(path, "", rig, np.arange(length) + video_start, np.zeros((*nobody.shape, 0, 3)), nobody,
                      np.full(nobody.shape, -1), videos, (0,) * len(rig), video_start, tuple(notes))  # fmt: skip
+
+
+def _opened(path: str | os.PathLike) -> tuple[Path, list[str], Callable[[str], None]]:
+    """A folder that is there; the notes on it, none yet; and what adds one to them that is a warning too."""
+    path, notes = Path(path), []
+
+    def warn(text: str) -> None:
+        notes.append(text)
+        warnings.warn(text, stacklevel=3)
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    return path, notes, warn
 
 
 def _wanted(cameras: str | Sequence[str], rig: Sequence[Camera], calib: Path) -> list[str]:
