@@ -29,7 +29,7 @@ from epiutils.data.checks import check_detections, check_geometry, check_videos
 from epiutils.data.files import check_file, reading
 from epiutils.data.layouts import POSES, find_calib, find_detections, find_lags, find_videos, read_frames
 from epiutils.data.tracks import MOST, associate
-from epiutils.data.views import Predicted, View, heatmap_fundamentals
+from epiutils.data.views import Predicted, View
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
 from epiutils.heatmaps import HEATMAP_FROM_INPUT, render
 
@@ -179,14 +179,9 @@ def as_predicted(recording: Recording, frames: Sequence[int] | None = None) -> t
     index = np.flatnonzero(np.isin(recording.frames, wanted) & known.all(0))
     if not len(index):
         raise ValueError(f"{recording.path}: none of the frames wanted has a person in every view")
-    nothing, samples = np.zeros((1, 1, 3), np.uint8), []
-    for t in index:
-        views = [recording.crop(v, t, nothing) for v in range(len(recording.cameras))]
-        F = heatmap_fundamentals([view.camera for view in views])
-        sample = {"output": torch.stack([heatmaps(view) for view in views]).float(), "F": torch.from_numpy(F)}
-        sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))
-        samples.append(sample | {k: torch.from_numpy(np.stack([getattr(v.camera, k) for v in views])) for k in "KRt"})
-    return Predicted(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}), index
+    nothing = np.zeros((1, 1, 3), np.uint8)
+    cut = ([recording.crop(v, t, nothing) for v in range(len(recording.cameras))] for t in index)
+    return Predicted.of_instants((views, torch.stack([heatmaps(v) for v in views]).float()) for views in cut), index
 
 
 def realigned(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import cv2
@@ -100,6 +100,17 @@ class Predicted:
     weight: Tensor | None = None
     visible: Tensor | None = None
     joints_3d: Tensor | None = None
+
+    @classmethod
+    def of_instants(cls, seen: Iterable[tuple[Sequence[View], Tensor]]) -> Predicted:
+        """Of N instants of whom no truth is known: the V views of each and their maps (V, J, H, W); no picture is kept."""
+        samples = []
+        for views, maps in seen:
+            arrays = {key: np.stack([getattr(view.camera, key) for view in views]) for key in "KRt"}
+            arrays |= {"joints": np.stack([view.joints for view in views])}
+            arrays |= {"F": heatmap_fundamentals([view.camera for view in views])}
+            samples.append({"output": maps} | {key: torch.from_numpy(value) for key, value in arrays.items()})
+        return cls(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]})
 
     def __len__(self) -> int:
         return len(self.output)

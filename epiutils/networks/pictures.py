@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from epiutils.cameras import crop_affine
 from epiutils.data.bodies import JOINTS
-from epiutils.data.views import Predicted, View, heatmap_fundamentals
+from epiutils.data.views import Predicted, View
 from epiutils.heatmaps import STRIDE
 from epiutils.networks.hrnet import load_checkpoint, normalise, provenance
 from epiutils.networks.movenet import MoveNet
@@ -125,20 +125,16 @@ def predict_views(
     instants: N of V views each, cut around the person, of any size (`Recording.views` gives them of `side` px).  The
     joints, K, R, t and F are those of the `aligned` views.
     """
-    samples = []
-    bar = tqdm(instants, desc=f"{network.name} looks", unit="instant", disable=not progress)
-    for views in bar:
-        size = (network.side,) * 2
+    size = (network.side,) * 2
+
+    def look(views: Sequence[View]) -> tuple[list[View], Tensor]:
         views = [v if v.camera.size == size else v.crop(_square(v, network.side), size) for v in views]
-        maps = torch.cat(
-            [network(np.stack([v.image for v in views[i : i + batch]])) for i in range(0, len(views), batch)]
-        )
-        views = [network.aligned(view) for view in views]
-        F = heatmap_fundamentals([view.camera for view in views])
-        sample = {"output": maps, "F": torch.from_numpy(F)}
-        sample["joints"] = torch.from_numpy(np.stack([view.joints for view in views]))
-        samples.append(sample | {k: torch.from_numpy(np.stack([getattr(v.camera, k) for v in views])) for k in "KRt"})
-    return Predicted(**{key: torch.stack([sample[key] for sample in samples]) for key in samples[0]})
+        parts = [views[i : i + batch] for i in range(0, len(views), batch)]
+        maps = torch.cat([network(np.stack([view.image for view in part])) for part in parts])
+        return [network.aligned(view) for view in views], maps
+
+    bar = tqdm(instants, desc=f"{network.name} looks", unit="instant", disable=not progress)
+    return Predicted.of_instants(map(look, bar))
 
 
 def _square(view: View, side: int) -> np.ndarray:
