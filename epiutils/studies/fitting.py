@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -104,15 +105,21 @@ def fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) 
 
 
 def train_pairs(
-    module: nn.Module, data: torch.utils.data.Dataset, steps: int = 50, batch: int = 8, lr: float = 1e-3, **settings
+    module: nn.Module,
+    data: torch.utils.data.Dataset,
+    steps: int = 50,
+    batch: int = 8,
+    lr: float = 1e-3,
+    loss: Callable = fusion_loss,
+    **settings,
 ) -> list[dict]:
     """Train on pairs of views as the original did: AdamW without decay, at one learning rate, on `fusion_loss`.
 
-    data: `HeatmapPairs`, or `PicturePairs` for a `FusedNetwork`.  settings: of `networks.loop.train`.
+    data: `HeatmapPairs`, or `PicturePairs` for a `FusedNetwork`.  loss, settings: of `networks.loop.train`.
     Returns the rows of `steps.csv`, with those of `_watch`.
     """
     settings = {"weight_decay": 0, "schedule": "constant", "log": _watch, "progress": False} | settings
-    return train(module, fusion_loss, data, steps=steps, batch=batch, lr=lr, **settings)[1]
+    return train(module, loss, data, steps=steps, batch=batch, lr=lr, **settings)[1]
 
 
 def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from epiutils.epipolar import transfer
 from epiutils.fusion import SimpleFusion, pairs, sum_at_references
 from epiutils.heatmaps import hit_loss
 from epiutils.metrics import found
-from epiutils.networks.loop import Settings, train
+from epiutils.networks.loop import Settings
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
 from epiutils.studies.causes import (
@@ -47,7 +48,7 @@ from epiutils.studies.causes import (
     nine_shifts,
     with_next,
 )
-from epiutils.studies.fitting import HeatmapPairs
+from epiutils.studies.fitting import HeatmapPairs, train_pairs
 from epiutils.studies.predicted import heatmaps_once, kept
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "results" / "shares.npz"
@@ -126,10 +127,6 @@ def _fundamentals(predicted: Predicted, cameras: Sequence, points: bool, crop: b
     return torch.from_numpy(transfer(between_pictures(cameras, joints), A[:, :, None], A[:, None]))
 
 
-def _with(predicted: Predicted, F: Tensor) -> Predicted:
-    return Predicted(**vars(predicted) | {"F": F})
-
-
 def every_set(
     lesson: Predicted,
     test: Predicted,
@@ -149,7 +146,7 @@ def every_set(
     bar = tqdm(total=2 ** len(causes), desc="sets of causes", unit="set")
     for right_F, right_crop in either("points", "crop"):
         seen = [
-            _with(maps, _fundamentals(maps, rig, not right_F, not right_crop))
+            replace(maps, F=_fundamentals(maps, rig, not right_F, not right_crop))
             for maps, rig in zip((lesson, test), cameras, strict=True)
         ]
         taught = Pairs(seen[0], all_pairs(range(len(lesson))))
@@ -196,7 +193,9 @@ def alone(
     "sigmoid" has one more; the others have one less: "epipole", no training pair with an epipole in the crop; "loss",
     a loss that asks for the joint's place; "threshold", of 3 px; "sources", the sources' maps without error.
     """
-    lesson, test = (_with(m, _fundamentals(m, rig, True, True)) for m, rig in zip((lesson, test), cameras, strict=True))
+    lesson, test = (
+        replace(m, F=_fundamentals(m, rig, True, True)) for m, rig in zip((lesson, test), cameras, strict=True)
+    )
     start, chosen = initial_weights(range(seeds)), all_pairs(range(len(lesson)))
     tested = Pairs(test, with_next(range(len(test))))
     fit = lambda pairs, threshold=1.0: NormalEquations.of(pairs, threshold).train(start, range(seeds), iterations)[
@@ -218,7 +217,7 @@ def alone(
 def _perfect_sources(predicted: Predicted) -> Predicted:
     """Eight views: the four, and the same again with perfect heatmaps."""
     twice = predicted.of_views([*range(4), *range(4)])
-    return Predicted(**vars(twice) | {"output": torch.cat([predicted.output, predicted.target], 1)})
+    return replace(twice, output=torch.cat([predicted.output, predicted.target], 1))
 
 
 def _by_place(lesson: Predicted, start: Tensor, iterations: int) -> Tensor:
@@ -231,11 +230,10 @@ def _by_place(lesson: Predicted, start: Tensor, iterations: int) -> Tensor:
     def make() -> dict[str, Tensor]:
         modules = [SimpleFusion(1.0, initial=weights.reshape(3, 3)) for weights in start]
         for seed, module in enumerate(modules):
-            train(module, loss, HeatmapPairs(lesson), steps=iterations, batch=8, lr=1e-3, weight_decay=0, schedule="constant",
-                  seed=seed, progress=False)  # fmt: skip
+            train_pairs(module, HeatmapPairs(lesson), iterations, seed=seed, loss=loss)
         return {"weights": torch.stack([module.conv.weight.detach().flatten() for module in modules])}
 
-    depends = [SimpleFusion, Pencil, train, hit_loss, lesson.output, lesson.F, lesson.target, start, iterations]
+    depends = [SimpleFusion, Pencil, train_pairs, hit_loss, lesson.output, lesson.F, lesson.target, start, iterations]
     return kept("place", depends, make)["weights"]
 
 
