@@ -300,11 +300,7 @@ def _score_eleven() -> None:
         arrays[f"{point}/hrnet/found"] = found_by(None, seen)[None]
         arrays[f"{point}/robust_reprojected/found"] = found_back(triangulated(None, seen)[1]["robust"], seen)[None]
         for method in _ON_ELEVEN:
-            right = []
-            for weights in stored[method]["weights"]:
-                module = WithNext(OriginalFusion()) if method in PAIRED else TOGETHER[method][0]()
-                nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
-                right.append(found_by(module.requires_grad_(False), seen))
+            right = [found_by(_rebuilt(method, weights), seen) for weights in stored[method]["weights"]]
             arrays[f"{point}/{method}/found"] = np.stack(right)
     save_arrays(RESULTS / "eleven.npz", arrays)
 
@@ -319,14 +315,19 @@ def measured(name: str) -> dict:
 
 def repaired(point: str) -> RepairedFusion:
     """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
-    module = RepairedFusion()
     try:
-        weights = load(point)["repaired_frozen"]["weights"][0]  # (13,)
-        nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
+        return _rebuilt("repaired_frozen", load(point)["repaired_frozen"]["weights"][0])
     except FileNotFoundError:
-        seen = heatmaps_once(point, "train", TRAINING, progress=False)
+        seen, module = heatmaps_once(point, "train", TRAINING, progress=False), RepairedFusion()
         make = lambda: _train_frozen("repaired_frozen", seen, 0)[0].state_dict()
         module.load_state_dict(kept("repaired", [_train_frozen, RepairedFusion, seen.output], make))
+        return module.requires_grad_(False)
+
+
+def _rebuilt(method: str, weights: np.ndarray) -> nn.Module:
+    """The module of a method on frozen heatmaps, for all views, with the `weights` of a run."""
+    module = WithNext(PAIRED[method][0]()) if method in PAIRED else TOGETHER[method][0]()
+    nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
     return module.requires_grad_(False)
 
 
