@@ -109,10 +109,11 @@ def _best_instant(
 
 
 def open_instant(
-    frame: int, recording: str = "", subject: int = 9, action: str = "walk", **options
+    frame: int, recording: str | Recording = "", subject: int = 9, action: str = "walk", **options
 ) -> tuple[_Performance | Recording | Human36M, int]:
-    """`open_dataset`, and its `_best_instant` near a frame."""
-    return _best_instant(open_dataset(recording, subject, action, **options), frame)
+    """`open_dataset`, or a recording that was read already, and its `_best_instant` near a frame."""
+    read = isinstance(recording, Recording)
+    return _best_instant(recording if read else open_dataset(recording, subject, action, **options), frame)
 
 
 @dataclass(frozen=True)

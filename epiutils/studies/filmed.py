@@ -5,7 +5,6 @@ Videos and a calibration are enough: `networks.tracking` finds the person.  What
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import replace
@@ -52,7 +51,7 @@ def read_film(path: str | os.PathLike, network: str, progress: bool | None = Tru
         raise ValueError(f"{path}: a network needs videos, and there is none of {', '.join(bare)}")
     numbers = [[c.K, c.R, c.t, c.distortion, c.size, int(c.fisheye)] for c in given.cameras]
     known = [eye.name, list(eye.files), numbers, given.detections, given.frames, given.lags, given.video_start]
-    known += [[_checksum(video) for video in given.videos], track, PoseNetwork, MoveNet, OnnxPose, load_checkpoint]
+    known += [list(given.videos), track, PoseNetwork, MoveNet, OnnxPose, load_checkpoint]
     found = kept("film", known, lambda: {"found": torch.from_numpy(track(given, eye, progress))})["found"].numpy()
     notes = list(given.notes)
 
@@ -87,11 +86,6 @@ def _shares(recording: Recording, person: np.ndarray) -> list[str]:
     return [f"{c.name} {100 * np.mean(row >= 0):.0f} %" for c, row in zip(recording.cameras, person, strict=True)]
 
 
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def open_instant(
     frame: int, recording: str = "", network: str = "", subject: int = 9, action: str = "walk", **options
 ) -> tuple:
@@ -100,12 +94,7 @@ def open_instant(
         return dataset.open_instant(frame, recording, subject, action, **options)
     if not recording or human36m.is_there(recording):
         raise ValueError("a network of your choice looks at a recording of videos: name its folder too")
-    data = read_film(recording, network, progress=None, **options)
-    sees = data.person >= 0  # (V, T)
-    best = np.flatnonzero(sees.sum(0) == sees.sum(0).max())
-    t = best[np.abs(data.frames[best] - frame).argmin()]
-    data = data.of_cameras([camera.name for camera, one in zip(data.cameras, sees[:, t], strict=True) if one])
-    return data, int(data.frames[t])
+    return dataset.open_instant(frame, read_film(recording, network, progress=None, **options))
 
 
 def seen(data, frame: int, network: str = "") -> tuple[list[View], list[Tensor]]:

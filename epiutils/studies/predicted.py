@@ -93,7 +93,8 @@ def fingerprint(value) -> bytes:
     if isinstance(value, FunctionType | type):
         parts, kind = [code(sys.modules[value.__module__]).encode()], "code"
     elif isinstance(value, Path):
-        parts, kind = [value.read_bytes()], "Path"
+        with value.open("rb") as file:  # piece by piece: it may be a film
+            parts, kind = [hashlib.file_digest(file, "sha256").digest()], "Path"
     elif isinstance(value, Tensor | np.ndarray):
         array = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         if array.dtype.hasobject:
