@@ -43,6 +43,7 @@ from epiutils.studies.stored import load_arrays, save_arrays
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "data" / "results" / "readings.npz"
 SEEDS, FROZEN_SEEDS = 3, 10
+_ON_THE_WAY = ("fused", "unfused", "weights")  # measured at such iterations:
 MEASURED = (0, 10, 20, 50, 60, 100, 190, 350, 600, 1000, 1500, 2200, 3000, 4400, 6600, 8800)  # iterations
 
 
@@ -152,7 +153,7 @@ class _Run:
     lesson: _Filmed
     maps: Tensor | None = None  # of the frozen backbone, of all pictures of the lesson
     measured: dict[str, list] = field(
-        default_factory=lambda: {k: [] for k in ("iterations", "fused", "unfused", "weights")}
+        default_factory=lambda: {key: [] for key in ("iterations", *_ON_THE_WAY)}
     )
 
     def __post_init__(self):
@@ -405,8 +406,8 @@ def _pack(folder: Path, stored: Path = STORED) -> None:
 def load() -> dict[str, dict[str, np.ndarray]]:
     """The stored runs of each reading: iterations (M,), fused and unfused (S, M) accuracies, weights (S, M, 9) …
 
-    … and of the last iteration found and found_unfused (S, N, V, J), nan where HRNet leaves a joint out.  Seeds that
-    were stopped earlier end earlier: all have as many iterations as the shortest.
+    … and of each seed's last iteration found and found_unfused (S, N, V, J), nan where HRNet leaves a joint out.  The
+    iterations are all at which a seed was measured; a seed is nan where it was not.
     """
     runs: dict[str, dict[str, list]] = {}
     for full, values in sorted(load_arrays(STORED).items()):
@@ -414,10 +415,13 @@ def load() -> dict[str, dict[str, np.ndarray]]:
         runs.setdefault(name, {}).setdefault(key, []).append(values)
     shown = {}
     for name, values in runs.items():
-        marks = min(values["iterations"], key=len)
-        rows = {key: np.stack([v[: len(marks)] for v in values[key]]) for key in ("fused", "unfused", "weights")}
+        marks = sorted(set().union(*values["iterations"]))
+        rows = {key: np.full((len(values[key]), len(marks), *values[key][0].shape[1:]), np.nan) for key in _ON_THE_WAY}
+        for key, of_seeds in rows.items():
+            for row, iterations, measured in zip(of_seeds, values["iterations"], values[key], strict=True):
+                row[np.searchsorted(marks, iterations)] = measured
         right = {key: np.stack(values[key]) for key in ("found", "found_unfused")}
-        shown[name] = {"iterations": marks, "meta": values["meta"][0]} | rows | right
+        shown[name] = {"iterations": np.array(marks), "meta": values["meta"][0]} | rows | right
     return {name: shown[name] for name in READINGS if name in shown}
 
 
@@ -425,18 +429,23 @@ def at(runs: dict[str, dict[str, np.ndarray]], name: str, iterations: int) -> di
     """What stands after so many iterations of a reading, as accuracies from 0 to 1.
 
     fused, unfused, the mean over seeds of the fused and of the backbone's own maps; control, HRNet alone trained alike;
-    and iterations, batch, seeds, fused_by_seed.  runs: of `load`.  Raises ValueError where nothing was measured then.
+    and iterations, batch, seeds, fused_by_seed: of the seeds that were measured then.  runs: of `load`.  Raises
+    ValueError where nothing was.
     """
     reading, run = READINGS[name], runs[name]
     control, untrained = runs.get(reading.control), runs["frozen"]["unfused"][:, :1]
-    moment = lambda of, key: of[key][:, list(of["iterations"]).index(iterations)]
+
+    def moment(of: dict[str, np.ndarray], key: str) -> np.ndarray:
+        values = of[key][:, list(of["iterations"]).index(iterations)]
+        return values[np.isfinite(values)]
+
     return {
         "fused": float(moment(run, "fused").mean()),
         "unfused": float(moment(run, "unfused").mean()),
         "control": float((moment(control, "fused") if control else untrained).mean()),
         "iterations": int(iterations),
         "batch": reading.batch,
-        "seeds": len(run["fused"]),
+        "seeds": len(moment(run, "fused")),
         "fused_by_seed": moment(run, "fused").tolist(),
     }
 
