@@ -108,13 +108,24 @@ class RepairedFusion(nn.Module):
     Thirteen parameters for all joints and views: the nine weights w, β, slope, offset and gain; none belongs to a
     camera.  At first w is the identity and the gain 0, so that fused = reference.
 
-    threshold: px of the reference heatmap.  For ablation, normalise=False sends source * w as it is, multiply=False
-    adds the redirected sums without a logarithm, confidence=False trusts each source alike.
+    threshold: px of the reference heatmap.  collect: over each pixel's band "sum", or "max", the likeliest place in it,
+    which leaves a ridge as narrow as the peak and takes several times as long.  For ablation, normalise=False sends
+    source * w as it is, multiply=False adds the redirected values without a logarithm, confidence=False trusts each
+    source alike.
     """
 
-    def __init__(self, threshold: float = 1.0, normalise: bool = True, multiply: bool = True, confidence: bool = True):
+    def __init__(
+        self,
+        threshold: float = 1.0,
+        normalise: bool = True,
+        multiply: bool = True,
+        confidence: bool = True,
+        collect: str = "sum",
+    ):
         super().__init__()
-        self.threshold, self.normalise, self.multiply = threshold, normalise, multiply
+        if collect not in ("sum", "max"):
+            raise ValueError(f'collect must be "sum" or "max", got {collect!r}')
+        self.threshold, self.normalise, self.multiply, self.collect = threshold, normalise, multiply, collect
         self.weight = nn.Parameter(torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(10)))
         self.slope = nn.Parameter(torch.tensor(8.0 if confidence else 0.0), requires_grad=confidence)
@@ -182,7 +193,7 @@ class RepairedFusion(nn.Module):
             F = Pencil.from_fundamental(F.reshape(-1, 3, 3), tuple(evidence.shape[-2:]), self.threshold, shape)
         elif F.out_shape != shape:
             raise ValueError(f"the Pencil is for a reference of {F.out_shape}, got {shape}")
-        ridges = F.sum(evidence)
+        ridges = F.sum(evidence) if self.collect == "sum" else F.max(evidence)  # −inf where no source pixel is near
         return ridges.clamp_min(0).log1p() if self.multiply else ridges  # differences of running sums may be −1e-7
 
 

@@ -334,8 +334,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence], digits: int | Sequenc
     """A table that a notebook shows where it ends a cell: `table(("pair", "px"), [("cam1 – cam2", 1.94)], digits=1)`.
 
     rows: a value for each name of the header: texts as they are, whole numbers whole, other numbers with `digits`
-    decimals (one for all columns or one a column), yes or no for a bool; None and nan are –.  Columns of numbers stand
-    to the right.  The text and the HTML of the same values are the same in every run, so nbval compares them.
+    decimals (one for all columns or one a column), yes or no for a bool, an interval for two numbers; None and nan are
+    –.  Columns of numbers stand to the right.  The text and the HTML of the same values are the same in every run, so
+    nbval compares them.
     Raises ValueError for a row, or digits, of another length than the header.
     """
     digits, texts = [digits] * len(header) if isinstance(digits, int) else digits, [list(map(str, header))]
@@ -347,6 +348,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence], digits: int | Sequenc
 
 
 def _cell(value, digits: int) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_cell(end, digits) for end in value)}]"
     value = value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -51,7 +51,7 @@ def test_accuracies_of_all_seeds(name, file, arrays):
         assert reported(f"{name}.accuracy_by_seed") == pytest.approx(each, abs=1e-5)
 
 
-@pytest.mark.parametrize("point", ["original", "best", "strong"])
+@pytest.mark.parametrize("point", ["original", "best", "strong", "w32"])
 @pytest.mark.parametrize("method", ["hrnet_flip", "robust_reprojected", "space", "space_tree", "space_parts"])
 def test_evidence_in_space(point, method):
     space = stored("results/space.npz")
@@ -78,3 +78,11 @@ def test_real_pictures(case, method):
     found = stored("real/answers.npz")[f"{case}/{method}/found"]
     assert reported(f"real.{case}.{method}.accuracy") == pytest.approx((found == 1).sum() / (found < 2).sum(), abs=1e-5)
     assert reported(f"real.{case}.{method}.n") == (found < 2).sum()
+
+
+def test_the_numbers_of_the_first_page():
+    said = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    hidden = {way: reported(f"real.second_person.{way}") for way in ("alone", "original", "space_tree")}
+    assert f"Of {hidden['alone']['n']} joints hidden so" in said
+    for text, way in (("the network finds", "alone"), ("the original", "original"), ("evidence in space", "space_tree")):
+        assert f"{text} {100 * hidden[way]['accuracy']:.0f} %" in said
