@@ -32,11 +32,14 @@ def test_hrnet_and_the_repaired_module_are_those_of_the_runs(stored, point):
         assert np.nanmedian(np.abs(mm - of_runs[run]["dlt_mm"][0])) < 0.5
 
 
-@pytest.mark.parametrize("point", ["original", "best", "strong"])
+@pytest.mark.parametrize("point", ["original", "best", "strong", "w32"])
 def test_what_is_stored_is_whole_and_ordered_as_it_must_be(stored, point):
     names = ("hrnet", "repaired", "robust_reprojected", "space", "space_tree", "space_parts")
-    free = {f"{of}_{how}" for of in ("hrnet", "space") for how in ("free", "longer")} if point == "best" else set()
-    assert set(stored[point]) == {name + flip for name in names for flip in ("", "_flip")} | free
+    free = {f"{of}_{how}" for of in ("hrnet", "space") for how in ("free", "longer")}
+    assert set(stored[point]) == {name + flip for name in names for flip in ("", "_flip")} | (
+        free if point in ("best", "strong") else set()
+    )
+    assert {"command", "device", "torch"} == stored["meta"][point].keys() == stored["meta"][f"{point}_flip"].keys()
     for values in stored[point].values():
         assert values["found"].shape == (420, 4, 17) and values["mm"].shape == (420, 17)
         assert set(np.unique(np.nan_to_num(values["found"], nan=1))) <= {0, 1}

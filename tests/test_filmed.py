@@ -171,12 +171,13 @@ def test_a_view_that_saw_somebody_else_looks_where_the_others_see_the_person(tmp
     )  # or nothing was shown
 
 
-def test_boxes_come_from_detections_where_there_are_some(cache):
+@pytest.mark.parametrize("ending", ["json", "JSON"])
+def test_boxes_come_from_detections_where_there_are_some(cache, ending):
     """Two people stand in every view; the recording's detections are of the second, and so are the network's."""
     cameras = write_videos(cache, others=[(v, ASIDE) for v in range(4)])
     for v, t in np.ndindex(4, 4):
         x = cameras[v].project(body("BODY_25B", ASIDE))
-        write_json(cache / "pose" / f"{cameras[v].name}_json" / f"{t:03}.json", [keypoints(x, np.ones(len(x)))])
+        write_json(cache / "pose" / f"{cameras[v].name}_json" / f"{t:03}.{ending}", [keypoints(x, np.ones(len(x)))])
     data = read_film(cache, "blobs", progress=False)
     off = np.linalg.norm(
         data.detections[..., :2] - np.stack([[c.project(body("COCO_17", ASIDE))] for c in cameras]), axis=-1

@@ -207,7 +207,9 @@ def literal(module, sources, reference, F):
         odds = np.exp(module.slope.item() * values.max() + module.offset.item())
         if module.normalise:
             values = np.exp(beta * values) / np.exp(beta * values).sum()
-        ridge = odds * (brute_members(f, source.shape, module.threshold) @ values.ravel()).reshape(fused.shape)
+        members = brute_members(f, source.shape, module.threshold)  # (reference pixels, source pixels)
+        each = members @ values.ravel() if module.collect == "sum" else np.max(members * values.ravel(), 1)
+        ridge = odds * each.reshape(fused.shape)
         evidence = np.log1p(np.maximum(ridge, 0)) if module.multiply else ridge
         fused = fused + module.gain.item() / beta * evidence
     return fused
@@ -223,6 +225,18 @@ def test_the_repaired_module_is_its_formula_pixel_by_pixel(seed, switches):
     for j in range(JOINTS):
         expected = literal(module, h[0, sources, j].numpy(), h[0, 1, j].numpy(), F[0, sources, 1].numpy())
         np.testing.assert_allclose(fused[j], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_likeliest_place_of_a_band_is_its_formula_pixel_by_pixel(seed):
+    module, h, F = trained(seed, 0.5, collect="max"), view_maps(seed), rig(seed)
+    with torch.no_grad():
+        fused = module.all_views(h, F)[0, 1]
+    for j in range(JOINTS):
+        expected = literal(module, h[0, [0, 2, 3], j].numpy(), h[0, 1, j].numpy(), F[0, [0, 2, 3], 1].numpy())
+        np.testing.assert_allclose(fused[j], expected, atol=1e-9)
+    with pytest.raises(ValueError, match=r"collect must be \"sum\" or \"max\", got 'mean'"):
+        RepairedFusion(collect="mean")
 
 
 def test_there_are_thirteen_parameters():

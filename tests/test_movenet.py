@@ -12,7 +12,8 @@ import torch
 from epiutils.data.bodies import JOINTS
 from epiutils.data.dataset import CACHE, Benchmark
 from epiutils.networks import movenet
-from epiutils.networks.movenet import MoveNet, aligned
+from epiutils.networks.movenet import MoveNet
+from epiutils.networks.pictures import PoseNetwork
 
 PEAKS = [[28, 12], [39, 17], [29, 16], [40, 34], [32, 33]]  # px of the map
 HEIGHTS = [0.6281, 0.7961, 0.7047, 0.8202, 0.7391]
@@ -98,7 +99,7 @@ def test_what_is_missing_or_another_file_is_said(tmp_path):
 def test_a_view_is_aligned_with_the_maps():
     """Map pixel i lies at picture pixel 4 i + 1.5, and the aligned camera sees at 4 i what the view's sees there."""
     view = Benchmark("test")[0][1]
-    moved = aligned(view)
+    moved = PoseNetwork("MoveNet", len, ("COCO_17",), offset=(1.5, 1.5)).aligned(view)
     np.testing.assert_allclose(
         moved.camera.project(view.joints_3d), view.camera.project(view.joints_3d) - 1.5, atol=1e-9
     )

@@ -146,6 +146,7 @@ def test_digits_are_one_for_all_columns_or_one_a_column_and_texts_stay():
     row = (0.12344, torch.tensor(2.5), "+1.0 [0.8, 1.3]", -np.inf)
     assert plot.table("abcd", [row]).rows[1] == ["0.12", "2.50", "+1.0 [0.8, 1.3]", "-inf"]
     assert plot.table("abcd", [row], (4, 0, 0, 0)).rows[1][:2] == ["0.1234", "2"]
+    assert plot.table("ab", [((-0.04, 2.56), (None, 3))], 1).rows[1] == ["[0.0, 2.6]", "[–, 3]"]
     assert plot.table("ab", []).rows == [["a", "b"]] and repr(plot.table("ab", [])) == "a  b"
     for digits, wrong in ((2, (1, 2)), ((1, 2), row)):
         with pytest.raises(ValueError, match="4 columns, but . digits and . values"):

@@ -77,3 +77,30 @@ def test_what_heals_holds_the_backbone_back(lesson, name, backbone):
     moved = max((p - q).abs().max().item() for p, q in zip(run.network.parameters(), before, strict=True))
     assert moved == pytest.approx(1e-3 * backbone, rel=0.02)
     assert (run.fusion.weight - nine).abs().max().item() == pytest.approx(2e-6 if name == "warmup" else 1e-3, rel=0.02)
+
+
+def test_seeds_that_were_stopped_at_other_moments_stand_each_where_it_was_measured(tmp_path, monkeypatch):
+    rng, runs = (
+        np.random.default_rng(0),
+        {("free", 0): (0, 10, 60, 90), ("free", 1): (0, 10, 50), ("alone", 0): (0, 10, 60)},
+    )
+    for (name, seed), marks in runs.items():
+        fused, weights = rng.random(len(marks)), rng.random((len(marks), 9))
+        measured = {"iterations": list(marks), "fused": fused, "unfused": fused / 2, "weights": weights}
+        readings._store(tmp_path / f"{name}-{seed}", measured, np.ones((8, 3)), np.zeros((8, 3)))
+        runs[name, seed] = dict(zip(marks, fused, strict=True))
+    monkeypatch.setattr(readings, "STORED", tmp_path / "all.npz")
+    readings._pack(tmp_path, readings.STORED)
+    free = (stored := readings.load())["free"]
+    assert free["iterations"].tolist() == [0, 10, 50, 60, 90] and free["weights"].shape == (2, 5, 9)
+    assert np.isnan(free["fused"]).tolist() == [[False, False, True, False, False], [False, False, False, True, True]]
+    stored["frozen"] = stored["alone"]
+    for mark in (10, 60):
+        seeds = [runs["free", seed][mark] for seed in (0, 1) if mark in runs["free", seed]]
+        then = readings.at(stored, "free", mark)
+        assert then["fused_by_seed"] == pytest.approx(seeds) and then["seeds"] == len(seeds)
+        assert then["fused"] == pytest.approx(np.mean(seeds)) and then["control"] == pytest.approx(
+            runs["alone", 0][mark]
+        )
+    with pytest.raises(ValueError, match="70"):
+        readings.at(stored, "free", 70)

@@ -44,6 +44,16 @@ def find_calib(path: Path) -> Path:
     )
 
 
+def detections_below(path: Path) -> tuple[Path, list[Path]]:
+    """The first of a recording's folders that holds detections, and in it the folders or files of cameras, or none."""
+    for below in (*(path / name for name in POSES), path):
+        here = _visible(below) if below.is_dir() else []
+        entries = [f for f in here if f.is_dir() and any(g.suffix.lower() == ".json" for g in _visible(f))]
+        if entries := entries or [f for f in here if f.suffix.lower() == ".json" and f.is_file()]:
+            return below, entries
+    return path, []
+
+
 def find_detections(
     path: Path, names: Sequence[str], say: Callable[[str], None]
 ) -> tuple[Path, tuple[Path | None, ...]]:
@@ -52,14 +62,7 @@ def find_detections(
     say: is told what was matched otherwise than by name.  Raises ValueError naming both sides where folders are left
     over, or none is there.
     """
-    below, entries = path, []
-    for name in (*POSES, "."):
-        below = path / name
-        here = _visible(below) if below.is_dir() else []
-        entries = [f for f in here if f.is_dir() and any(g.suffix.lower() == ".json" for g in _visible(f))]
-        entries = entries or [f for f in here if f.suffix.lower() == ".json" and f.is_file()]
-        if entries:
-            break
+    below, entries = detections_below(path)
     found, strays = _match(names, entries, below, say)
     bare = [name for name, entry in zip(names, found, strict=True) if entry is None]
     if strays or len(bare) == len(names):

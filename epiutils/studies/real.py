@@ -29,7 +29,7 @@ from epiutils.data.dataset import Benchmark
 from epiutils.data.recordings import Recording, read_recording, realigned
 from epiutils.data.views import JOINTS, Predicted, heatmap_fundamentals
 from epiutils.fusion import RepairedFusion
-from epiutils.networks.movenet import MoveNet, aligned
+from epiutils.networks.pictures import PoseNetwork, open_network
 from epiutils.redirect import Pencil
 from epiutils.space import Body, Calibration, along_bones, modes, near_best
 from epiutils.studies.predicted import triangulated
@@ -47,7 +47,7 @@ NEAR = 3.2  # heatmap px within which a joint is found, as in HRNet's accuracy
 
 def _gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
     """Heatmaps of every `step`-th frame, and what is true there, as `load` gives them."""
-    network, rng = MoveNet(), np.random.default_rng(seed)
+    network, rng = open_network("movenet"), np.random.default_rng(seed)
     calibrated = recording = read_recording(single)
     cameras, shifts = realigned(recording.cameras, recording.detections)
     recording = replace(recording, cameras=cameras)
@@ -55,7 +55,7 @@ def _gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str,
     others = [_Second(Path(second) / "videos" / f"cam{v + 1:02d}.mp4", recording, v) for v in range(len(cameras))]
     rows: dict[str, list] = {}
     for frame in tqdm(frames, unit="frame"):
-        views = [aligned(view) for view in recording.views(frame)]
+        views = [network.aligned(view) for view in recording.views(frame)]
         names = [recording.joints.index(name) for name in COCO]
         P = np.stack([view.camera.P for view in views])
         x = np.stack([view.joints[names] for view in views], 1)  # (J, V, 2)
@@ -71,7 +71,7 @@ def _gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str,
         row |= {"boxes": boxes, "X": X, "residual": np.linalg.norm(truth - x.swapaxes(0, 1), axis=-1)}
         row |= {"differs": [_difference(*pair) for pair in zip(images, hidden, truth, strict=True)]}
         row |= {key: [getattr(view.camera, key) for view in views] for key in ("K", "R", "t")}
-        row |= {"K_calibrated": [aligned(view).camera.K for view in calibrated.views(frame)]}
+        row |= {"K_calibrated": [network.aligned(view).camera.K for view in calibrated.views(frame)]}
         for key, value in row.items():
             rows.setdefault(key, []).append(np.asarray(value))
     worth = vars(_calibrated(network))
@@ -79,19 +79,18 @@ def _gather(single: str, second: str, step: int = 3, seed: int = 0) -> dict[str,
     return arrays | {"frames": np.array(frames), "shifts": shifts, "calibration": np.array(list(worth.values()))}
 
 
-def _calibrated(network: MoveNet, every: int = 24) -> Calibration:
+def _calibrated(network: PoseNetwork, every: int = 24) -> Calibration:
     """What MoveNet's maps are worth: fitted on synthetic people, instants of subject 1, and never on a recording."""
     shared, maps, joints = [JOINTS.index(COCO[j]) for j in BODY], [], []
     for n in range(0, 840, every):
         views = Benchmark("train")[n]
         maps.append(_seen(network, np.stack([view.image for view in views]))[:, list(BODY)] / np.float32(255))
-        joints.append(np.stack([aligned(view).joints[shared] for view in views]))
+        joints.append(np.stack([network.aligned(view).joints[shared] for view in views]))
     return Calibration.fit(torch.from_numpy(np.stack(maps)), torch.from_numpy(np.stack(joints)))
 
 
-def _seen(network: MoveNet, images: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return (255 * network(images)).round().byte().numpy()
+def _seen(network: PoseNetwork, images: np.ndarray) -> np.ndarray:
+    return (255 * network(images)).round().byte().numpy()
 
 
 def _patched(image: np.ndarray, joints: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +231,7 @@ def _answers(
         X = {name: triangulated(None, replace(some, output=fused[name]))[1]["robust"] for name in ("alone", "repaired")}
         X |= {"robust_reprojected": X["alone"], "space": near_best(found, found.share).double().numpy()}
         X["space_tree"] = near_best(found, along_bones(found, body)).double().numpy()
-        pixels = {name: peaks(at) for name, at in fused.items()}
+        pixels = {name: _argmax(at) for name, at in fused.items()}
         for name in X.keys() - fused.keys():
             pixels[name] = np.rint(project(X[name], P.numpy()[:, None]).swapaxes(1, 2) / 4)
         for name, at in pixels.items():
@@ -275,8 +274,7 @@ def _fused(maps: Tensor, F: Tensor, module: RepairedFusion, told: RepairedFusion
     return made | {name: maps + each for name, each in sums.items()}
 
 
-def peaks(maps: Tensor) -> np.ndarray:
-    """Where each map (..., h, w) is highest: (..., 2) px."""
+def _argmax(maps: Tensor) -> np.ndarray:
     place = maps.flatten(-2).argmax(-1)
     return torch.stack([place % maps.shape[-1], place // maps.shape[-1]], -1).double().numpy()
 
