@@ -9,7 +9,7 @@ from scenes import JOINTS, made_up
 
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.metrics import found
-from epiutils.studies import runs
+from epiutils.studies import runs, search
 from epiutils.studies.fitting import HeatmapPairs, train_pairs
 from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext
@@ -225,3 +225,25 @@ def test_what_is_stored_is_every_method_by_all_seeds(point):
         if seeds := len(runs._seeds(point, method, runs.SEEDS)):
             key, shape = ("alone", (12,)) if method == "quality" else ("found", (420, 4, 17))
             assert stored[method][key].shape == (seeds, *shape), method
+
+
+def test_the_search_tries_each_rate_and_the_best_of_them_for_longer(tmp_path, monkeypatch):
+    """A module that finds the more the nearer log10 of its rate is to −1.2, and a little more when it is trained longer."""
+    tried = []
+
+    def pretended(module, loss, heatmaps, seed, steps, lr):
+        tried.append((lr, steps))
+        return (lr, steps), []
+
+    monkeypatch.setattr(search, "train_together", pretended)
+    monkeypatch.setattr(search, "heatmaps_once", lambda point, split, *_, **__: split)
+    right = lambda module, judge: np.full((2, 4, 3), 0.5 - 0.1 * abs(np.log10(module[0]) + 1.2) + 1e-5 * module[1])
+    monkeypatch.setattr(search, "found_by", right)
+    monkeypatch.setattr(search, "STORED", tmp_path / "search.json")
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    for methods in (["line_sum"], ["line_max"], ["line_sum"]):  # the third finds its trainings done
+        assert search._main(["--methods", *methods, "--out", str(tmp_path / "kept")]) == 0
+    assert tried == 2 * [(0.01, 100), (0.05, 100), (0.2, 100), (0.05, 400)]
+    rows = runs.measured("search")["rows"]
+    assert [row["method"] for row in rows] == 4 * ["line_sum"] + 4 * ["line_max"]
+    assert rows[3]["steps"] == 400 and rows[3]["lr"] == max(rows[:3], key=lambda row: row["accuracy"])["lr"]

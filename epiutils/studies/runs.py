@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -114,6 +115,8 @@ TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
     "without_normalise": (lambda: RepairedFusion(normalise=False), views_loss),
     "without_multiply": (lambda: RepairedFusion(multiply=False), views_loss),
 }
+# AdamW's highest rate and the steps, where they are not 5e-2 and 100: the best that `studies.search` found
+SETTINGS = {"dense": (1e-4, 100), "attention": (1e-2, 100), "line_sum": (5e-2, 400), "line_mean": (2e-1, 400)}
 # Methods that train the backbone too, on pictures
 FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hrnet_longer")
 _FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
@@ -121,17 +124,27 @@ _FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's b
 
 def _train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
     """The module of a method, trained on the heatmaps of a frozen backbone, and its rows of `steps.csv`."""
-    torch.manual_seed(seed)
-    settings = {"weight_decay": 0, "seed": seed, "progress": False}
     if method in PAIRED:
+        torch.manual_seed(seed)
         make, steps, batch = PAIRED[method]
         module = make()
         rows = train_pairs(module, HeatmapPairs(heatmaps), steps, batch, seed=seed)
         return WithNext(module.cpu()), rows
+    torch.manual_seed(seed)
     make, loss = TOGETHER[method]
-    module = make()
-    lr = {"dense": 1e-4, "attention": 1e-2}.get(method, 5e-2)
-    rows = train(module, loss, HeatmapScenes(heatmaps), steps=steps, batch=4, lr=lr, **settings)[1]
+    lr, steps = SETTINGS.get(method, (5e-2, steps))
+    return train_together(make(), loss, heatmaps, seed, steps, lr)
+
+
+def train_together(
+    module: nn.Module, loss: Callable, heatmaps: Predicted, seed: int = 0, steps: int = 100, lr: float = 5e-2
+) -> tuple[nn.Module, list[dict]]:
+    """A module trained on all views of four instants a step, in place, and its rows of `steps.csv`.
+
+    loss: of `HeatmapScenes`, such as `views_loss`.  lr: AdamW's highest.
+    """
+    settings = {"steps": steps, "batch": 4, "lr": lr, "weight_decay": 0, "seed": seed, "progress": False}
+    rows = train(module, loss, HeatmapScenes(heatmaps), **settings)[1]
     return module.cpu(), rows
 
 
@@ -306,22 +319,30 @@ def _score_eleven() -> None:
 
 
 def measured(name: str) -> dict:
-    """What a script of benchmarks/ measured and stored, with its command and device: "fusion" or "throughput".
+    """What was measured and stored, with its command and device: "fusion" or "throughput" of benchmarks/, or "search".
 
     Raises FileNotFoundError where it has not.
     """
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def repaired(point: str) -> RepairedFusion:
-    """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now."""
-    try:
-        return _rebuilt("repaired_frozen", load(point)["repaired_frozen"]["weights"][0])
-    except FileNotFoundError:
-        seen, module = heatmaps_once(point, "train", TRAINING, progress=False), RepairedFusion()
-        make = lambda: _train_frozen("repaired_frozen", seen, 0)[0].state_dict()
-        module.load_state_dict(kept("repaired", [_train_frozen, RepairedFusion, seen.output], make))
-        return module.requires_grad_(False)
+def repaired(
+    point: str, lesson: Predicted | None = None, threshold: float = 1.0, seed: int = 0, steps: int = 100
+) -> RepairedFusion:
+    """The repaired module of an operating point, frozen backbone, first seed: stored, or else trained now.
+
+    lesson: heatmaps to train it on instead, once, with these settings; what comes of it is kept in the cache.
+    """
+    if lesson is None:
+        with suppress(FileNotFoundError):
+            return _rebuilt("repaired_frozen", load(point)["repaired_frozen"]["weights"][0])
+        lesson = heatmaps_once(point, "train", TRAINING, progress=False)
+    module, settings = RepairedFusion(threshold), (seed, steps)
+    make = lambda: train_together(module, views_loss, lesson, *settings)[0].state_dict()
+    module.load_state_dict(
+        kept("repaired", [train_together, RepairedFusion, lesson.output, threshold, *settings], make)
+    )
+    return module.requires_grad_(False)
 
 
 def _rebuilt(method: str, weights: np.ndarray) -> nn.Module:
