@@ -9,7 +9,7 @@ from epiutils.data import people
 from epiutils.epipolar import epipoles, point_line_distance
 from epiutils.fusion import RepairedFusion
 from epiutils.metrics import found
-from epiutils.studies.limits import FOCAL, by_views, hide, once, other_rig, shifted, with_oracle
+from epiutils.studies.limits import FOCAL, _by_views, _claimed, _hide, _shifted, _with_oracle, once, other_rig
 from epiutils.studies.predicted import found_by
 
 SHAPE = (60, 80)
@@ -32,7 +32,7 @@ def off_lines(predicted) -> np.ndarray:
 @pytest.mark.parametrize("px", [5.0, 20.0])
 def test_a_calibration_that_is_off_moves_lines_by_what_it_says_and_not_the_pictures(px):
     predicted = made_up(3, shape=SHAPE)
-    moved = shifted(predicted, px, seed=1)
+    moved = _shifted(predicted, px, seed=1)
     unit = predicted.K[0, 0, 0, 0].item() / FOCAL / 4  # heatmap px a px; all made-up cameras are alike
     assert off_lines(predicted).max() < 1e-6
     distance = off_lines(moved) / unit
@@ -47,7 +47,7 @@ def test_epipoles_move_with_the_picture_that_they_lie_in():
     predicted = made_up(4, shape=SHAPE)
     unit = predicted.K[0, 0, 0, 0].item() / FOCAL / 4
     ends = []
-    for p in (predicted, shifted(predicted, 12.0)):
+    for p in (predicted, _shifted(predicted, 12.0)):
         _, e = epipoles(p.F[:, 0, 1])
         ends.append(e[:, :2] / e[:, 2:])
     step = torch.linalg.vector_norm(ends[1] - ends[0], dim=-1)
@@ -56,15 +56,15 @@ def test_epipoles_move_with_the_picture_that_they_lie_in():
 
 def test_no_shift_changes_nothing_and_another_seed_is_another_direction():
     predicted = made_up(5, shape=SHAPE)
-    torch.testing.assert_close(shifted(predicted, 0.0).F, predicted.F, atol=1e-12, rtol=0)
-    assert torch.equal(shifted(predicted, 3.0, 1).F, shifted(predicted, 3.0, 1).F)
-    assert not torch.allclose(shifted(predicted, 3.0, 1).F, shifted(predicted, 3.0, 2).F)
+    torch.testing.assert_close(_shifted(predicted, 0.0).F, predicted.F, atol=1e-12, rtol=0)
+    assert torch.equal(_shifted(predicted, 3.0, 1).F, _shifted(predicted, 3.0, 1).F)
+    assert not torch.allclose(_shifted(predicted, 3.0, 1).F, _shifted(predicted, 3.0, 2).F)
 
 
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_fewer_views_are_every_subset_fused_on_its_own(views):
     predicted, module = made_up(6, shape=SHAPE, lost=0.4), fusing()
-    right = by_views(module, predicted, views)
+    right = _by_views(module, predicted, views)
     subsets = [c for c in np.ndindex(*(4,) * views) if sorted(set(c)) == list(c)]
     assert right.shape == (3, views * len(subsets), 5)
     for k, chosen in enumerate(map(list, subsets)):
@@ -78,7 +78,7 @@ def test_fewer_views_are_every_subset_fused_on_its_own(views):
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_patches_hide_about_that_share_of_the_joints_and_what_they_cover_is_not_visible(share):
     views = people.scene(9, "wave", 10, 3)
-    hidden = hide(views, share, seed=4)
+    hidden = _hide(views, share, seed=4)
     for before, after in zip(views, hidden, strict=True):
         lost = before.visible & ~after.visible
         assert share <= lost.sum() / before.visible.sum() + 1e-9 < share + 0.35
@@ -88,13 +88,13 @@ def test_patches_hide_about_that_share_of_the_joints_and_what_they_cover_is_not_
         seen = after.visible
         assert (after.image[y, x] == before.image[y, x]).all(-1)[seen].all()
         assert (before.image == people.scene(9, "wave", 10, 3)[views.index(before)].image).all()  # not its input
-    again = hide(views, share, seed=4)
+    again = _hide(views, share, seed=4)
     assert all((a.image == b.image).all() for a, b in zip(hidden, again, strict=True))
 
 
 def test_nothing_hidden_is_nothing_changed():
     views = people.scene(9, "wave", 10, 3, size=64)
-    for before, after in zip(views, hide(views, 0.0, 0), strict=True):
+    for before, after in zip(views, _hide(views, 0.0, 0), strict=True):
         assert (before.image == after.image).all() and (before.visible == after.visible).all()
 
 
@@ -112,7 +112,7 @@ def test_another_rig_sees_the_person_from_elsewhere(seed):
 
 def test_with_perfect_sources_each_view_keeps_its_own_map_and_is_told_the_others_targets():
     predicted, module = made_up(7, shape=SHAPE, lost=0.5), fusing()
-    told = with_oracle(module, predicted, "perfect")
+    told = _with_oracle(module, predicted, "perfect")
     assert told.target is predicted.target and told.F is predicted.F
     for n, r in np.ndindex(3, 4):
         mixed = predicted.target[n].clone()
@@ -121,10 +121,10 @@ def test_with_perfect_sources_each_view_keeps_its_own_map_and_is_told_the_others
             fused = module.all_views(mixed[None], predicted.F[n, None])[0, r]
         torch.testing.assert_close(told.output[n, r], fused, atol=1e-6, rtol=0)
     assert np.nanmean(found_by(None, told)) > np.nanmean(found_by(module, predicted)) + 0.1
-    right = found_by(None, with_oracle(module, predicted, "right"))
+    right = found_by(None, _with_oracle(module, predicted, "right"))
     assert np.nanmean(right) >= np.nanmean(found_by(None, predicted))
     with pytest.raises(ValueError, match="'true'"):
-        with_oracle(module, predicted, "true")
+        _with_oracle(module, predicted, "true")
 
 
 def test_sources_that_are_wrong_say_nothing_at_all():
@@ -134,7 +134,7 @@ def test_sources_that_are_wrong_say_nothing_at_all():
     alone = found_by(None, predicted)
     lost = np.nan_to_num(alone).sum(1) == 0  # (N, J) joints that no view finds
     assert lost.sum() > 5
-    silent = with_oracle(module, predicted, "right")
+    silent = _with_oracle(module, predicted, "right")
     own, fused = (p.output.transpose(1, 2)[lost] for p in (predicted, silent))
     torch.testing.assert_close(fused, own, atol=1e-9, rtol=0)
     np.testing.assert_array_equal(found_by(None, silent).transpose(0, 2, 1)[lost], alone.transpose(0, 2, 1)[lost])
@@ -155,3 +155,22 @@ def test_arrays_are_computed_once_for_what_decides_them(tmp_path, monkeypatch):
         assert len(asked) == count and all(isinstance(values, np.ndarray) for values in made.values())
         np.testing.assert_array_equal(made["found"], [[1.0, np.nan]])
         assert made["found"].dtype == np.float64 and made["losses"].tolist() == [0.5, 0.25] and made["share"] == 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_claimed_is_how_often_it_is_so(seed):
+    """Joints drawn from the maps, or with the rest of the odds from anywhere, lie as often near the peak as claimed."""
+    draw = torch.Generator().manual_seed(seed)
+    p = torch.softmax(torch.randn(40, 5, 24, 36, generator=draw).cumsum(-1).cumsum(-2).flatten(-2), -1)
+    p, right = p.view(40, 5, 24, 36), torch.rand(40, 5, generator=draw)
+    peak, hits, n = p.flatten(-2).argmax(-1), 0, 400
+    for _ in range(n):
+        true = torch.multinomial(p.flatten(0, 1).flatten(1), 1, generator=draw).view(40, 5)
+        anywhere = torch.randint(24 * 36, (40, 5), generator=draw)
+        true = torch.where(torch.rand(40, 5, generator=draw) < right, true, anywhere)
+        away = torch.hypot((true % 36 - peak % 36).float(), (true // 36 - peak // 36).float())
+        hits = hits + (away <= 3.2)
+    inside = (peak % 36 > 2) & (peak % 36 < 33) & (peak // 36 > 2) & (peak // 36 < 21)  # the disk is whole
+    claimed, seen = _claimed(p, right)[inside], hits[inside] / n
+    assert inside.sum() > 20 and claimed.std() > 0.05
+    assert ((claimed - seen).abs() < 5 * (claimed * (1 - claimed) / n).sqrt() + 1e-3).all()

@@ -12,18 +12,20 @@ from itertools import combinations
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from epiutils.cameras import Camera
 from epiutils.data import people
-from epiutils.data.dataset import MultiView
+from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.views import Predicted, View
 from epiutils.epipolar import transfer
 from epiutils.fusion import RepairedFusion, pairs
 from epiutils.heatmaps import STRIDE, probabilities
-from epiutils.metrics import found
+from epiutils.metrics import found, joint_mean
 from epiutils.networks.hrnet import load_checkpoint
 from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil
+from epiutils.space import Calibration
 from epiutils.studies.predicted import CHECKPOINTS, found_by, kept
 from epiutils.triangulate import triangulate
 
@@ -37,7 +39,9 @@ def once(name: str, depends: Sequence, make: Callable[[], dict]) -> dict[str, np
     """
     code = [Camera, MultiView, View, people.scene, load_checkpoint, predict]  # pictures become heatmaps …
     code += [transfer, Pencil, RepairedFusion, probabilities, found, found_by, triangulate, once]  # … and are fused
-    made = kept(name, [*code, *depends], lambda: {key: torch.as_tensor(value) for key, value in make().items()})
+    made = kept(
+        name, [*code, *depends], lambda: {key: torch.as_tensor(np.asarray(value)) for key, value in make().items()}
+    )
     return {key: value.numpy() for key, value in made.items()}
 
 
@@ -46,7 +50,7 @@ def seen_by(point: str, scenes: Sequence[list[View]]) -> Predicted:
     return predict(load_checkpoint(CHECKPOINTS[point]), MultiView(scenes))
 
 
-def shifted(predicted: Predicted, px: float, seed: int = 0) -> Predicted:
+def _shifted(predicted: Predicted, px: float, seed: int = 0) -> Predicted:
     """The same heatmaps with a calibration that is off: each camera's picture moved by `px` in a random direction.
 
     px: of the uncropped picture, of focal length `FOCAL`, as a camera that was turned a little or its principal point
@@ -61,7 +65,7 @@ def shifted(predicted: Predicted, px: float, seed: int = 0) -> Predicted:
 
 
 @torch.no_grad()
-def by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.ndarray:
+def _by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.ndarray:
     """Which joints are found where only so many views are present: found (N, C, J), C a view of a subset of them.
 
     All subsets of the views take part, in order.
@@ -76,7 +80,70 @@ def by_views(module: RepairedFusion, predicted: Predicted, views: int) -> np.nda
     return np.concatenate(right).reshape(len(predicted), -1, predicted.output.shape[2])
 
 
-def hide(views: Sequence[View], share: float, seed: int) -> list[View]:
+SHIFTS = (0, 1, 2, 5, 10, 20)  # px, of `_shifted`
+SHARES = (0, 0.2, 0.4, 0.6)  # of `_hide`
+
+
+def reliability(module: RepairedFusion, predicted: Predicted, worth: Calibration, parts: int = 10) -> dict[str, tuple]:
+    """Joints from the least to the most that is claimed, in equal parts: (claimed, found), (parts,) shares each.
+
+    "one view" claims, with the odds o of `worth`, o / (1 + o) of its map's mass within HRNet's tolerance of its peak, and
+    the rest anywhere; "fused", with a module, the mass of softmax(β fused) there.
+    """
+    with torch.no_grad():
+        fused = torch.stack(
+            [module.all_views(h[None], F[None])[0] for h, F in zip(predicted.output, predicted.F, strict=True)]
+        )
+    odds = torch.exp(worth.slope * predicted.output.amax((-1, -2)) + worth.offset)
+    claims = {
+        "one view": _claimed(probabilities(predicted.output, worth.sharpness), odds / (1 + odds)),
+        "fused": _claimed(probabilities(fused, module.sharpness), torch.ones_like(odds)),
+    }
+    right = {"one view": found_by(None, predicted), "fused": found_by(module, predicted)}
+    shown = {}
+    for name, claim in claims.items():
+        counts = np.isfinite(right[name])
+        claim, hit = claim.numpy()[counts], right[name][counts]
+        some = np.array_split(np.argsort(claim), parts)
+        shown[name] = tuple(np.array([values[part].mean() for part in some]) for values in (claim, hit))
+    return shown
+
+
+def _claimed(p: Tensor, right: Tensor) -> Tensor:
+    """How likely it is that a joint is within HRNet's tolerance, 3.2 px, of the peak of its map of probabilities.
+
+    p: (..., H, W).  right: (...), how likely that it is drawn from the map, and not from anywhere.
+    """
+    y, x = torch.meshgrid(torch.arange(-3.0, 4), torch.arange(-3.0, 4), indexing="ij")
+    disk, maps = (x.square() + y.square() <= 3.2**2).to(p), p.flatten(0, -3)[:, None]
+    near = torch.conv2d(maps, disk[None, None], padding=3).flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True))
+    return right * near.view_as(right) + (1 - right) * disk.sum() / (p.shape[-2] * p.shape[-1])
+
+
+def ends(point: str, module: RepairedFusion, predicted: Predicted, every: int) -> dict[str, np.ndarray]:
+    """Accuracy where one thing changes, from the cache.
+
+    "calibration": off by `SHIFTS`.  "cameras": one to all of them.  "patches": (3, K), the share of the joints that are
+    hidden, and the accuracy alone and fused, where patches hide `SHARES` of those in every n-th instant of the test.
+    """
+
+    def make() -> dict:
+        cameras = [found_by(None, predicted), *(_by_views(module, predicted, n) for n in range(2, views + 1))]
+        moved = [found_by(module, _shifted(predicted, px)) for px in SHIFTS]
+        patched = np.transpose([[*map(joint_mean, under_patches(share))] for share in SHARES])
+        moved, cameras = ([*map(joint_mean, each)] for each in (moved, cameras))
+        return {"calibration": moved, "cameras": cameras, "patches": patched}
+
+    def under_patches(share: float) -> tuple[np.ndarray, ...]:
+        seen = seen_by(point, [_hide(scenes[i], share, i) for i in range(0, len(scenes), every)])
+        return 1 - seen.visible.numpy(), found_by(None, seen), found_by(module, seen)
+
+    views, scenes = predicted.output.shape[1], Benchmark("test")
+    known = [predicted, module.state_dict(), module.threshold, CHECKPOINTS[point], scenes.folder.name, every]
+    return once("ends", [*known, SHIFTS, SHARES], make)
+
+
+def _hide(views: Sequence[View], share: float, seed: int) -> list[View]:
     """The views with patches painted over that share of the joints of each, which are then not visible.
 
     A patch is of one colour, has a sixth of the picture's side and its centre near the joint; joints under another's
@@ -116,8 +183,28 @@ def other_rig(seed: int = 0) -> list[Camera]:
     return cameras
 
 
+def oracles(module: RepairedFusion, predicted: Predicted) -> dict[str, float]:
+    """Accuracy alone and fused, and what bounds it, from the cache.
+
+    "right sources only", where those whose own peak is wrong are silent; "perfect sources", each is its target; "any
+    view" and "two views", the joints that so many views find by themselves.
+    """
+
+    def make() -> dict:
+        alone = found_by(None, predicted)  # nan where a joint does not count
+        views = np.nansum(alone, 1, keepdims=True)  # how many find the joint
+        told = {"right sources only": "right", "perfect sources": "perfect"}
+        right = {text: found_by(None, _with_oracle(module, predicted, which)) for text, which in told.items()}
+        right |= {"any view": alone * 0 + (views >= 1), "two views": alone * 0 + (views >= 2)}
+        right = {"HRNet alone": alone, "repaired": found_by(module, predicted)} | right
+        return {text: joint_mean(values) for text, values in right.items()}
+
+    made = once("bounds", [predicted, module.state_dict(), module.threshold], make)
+    return {text: float(value) for text, value in made.items()}
+
+
 @torch.no_grad()
-def with_oracle(module: RepairedFusion, predicted: Predicted, sources: str) -> Predicted:
+def _with_oracle(module: RepairedFusion, predicted: Predicted, sources: str) -> Predicted:
     """The instants as a module fuses them with the help of an oracle: output is then the fused heatmaps.
 
     sources: "right", those whose own peak is wrong are silent, their odds 0; "perfect", each source is its target.
