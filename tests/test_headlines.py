@@ -61,7 +61,22 @@ def test_evidence_in_space(point, method):
     assert reported(f"benchmark.{point}.{method}.mpjpe_pooled_mm") == pytest.approx(mm[mm == mm].mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "mark"), [("frozen_60", 60), ("frozen", 8800), ("free_600", 600), ("free_60", 60)])
+@pytest.mark.parametrize("point", ["best", "strong"])
+def test_a_backbone_trained_through_space_against_one_trained_alone(point):
+    space = stored("results/space.npz")
+    for method in ("space_free", "space_longer"):
+        right = accuracy(space[f"{point}/{method}/found"])
+        assert reported(f"benchmark.{point}.{method}.accuracy") == pytest.approx(right, abs=1e-5)
+    mm = {method: space[f"{point}/{method}/mm"].astype(float) for method in ("space_free", "space_longer")}
+    with np.load(ROOT / "data" / "results" / "space.npz") as file:
+        assert "H200" in str(file["meta"])  # what the prose says of its device
+    assert mm["space_free"].mean() < mm["space_longer"].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [("frozen_60", 60), ("frozen", 8800), ("free_600", 600), ("free_60", 60), ("zero_2200", 2200), ("hold_2200", 2200)],
+)
 def test_readings(name, mark):
     runs, reading, values = stored("results/readings.npz"), name.split("_")[0], []
     for seed in range(10):
@@ -84,5 +99,9 @@ def test_the_numbers_of_the_first_page():
     said = " ".join((ROOT / "README.md").read_text("utf-8").split())
     hidden = {way: reported(f"real.second_person.{way}") for way in ("alone", "original", "space_tree")}
     assert f"Of {hidden['alone']['n']} joints hidden so" in said
-    for text, way in (("the network finds", "alone"), ("the original", "original"), ("evidence in space", "space_tree")):
+    for text, way in (
+        ("the network finds", "alone"),
+        ("the original", "original"),
+        ("evidence in space", "space_tree"),
+    ):
         assert f"{text} {100 * hidden[way]['accuracy']:.0f} %" in said

@@ -152,9 +152,7 @@ class _Run:
     seed: int
     lesson: _Filmed
     maps: Tensor | None = None  # of the frozen backbone, of all pictures of the lesson
-    measured: dict[str, list] = field(
-        default_factory=lambda: {key: [] for key in ("iterations", *_ON_THE_WAY)}
-    )
+    measured: dict[str, list] = field(default_factory=lambda: {key: [] for key in ("iterations", *_ON_THE_WAY)})
 
     def __post_init__(self):
         torch.manual_seed(self.seed)
