@@ -41,6 +41,8 @@ def accuracy(found):
         ("benchmark.original.hrnet_longer", "original", "hrnet_longer/found"),
         ("benchmark.best.hrnet", "best", "hrnet/found"),
         ("benchmark.best.repaired_frozen", "best", "repaired_frozen/found"),
+        ("benchmark.best.hrnet_longer", "best", "hrnet_longer/found"),
+        ("benchmark.best.line_mean", "best", "line_mean/found"),
     ],
 )
 def test_accuracies_of_all_seeds(name, file, arrays):
