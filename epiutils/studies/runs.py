@@ -309,8 +309,10 @@ def _score_eleven() -> None:
     """Subject 11 seen by both backbones, fused by the modules whose weights are stored."""
     arrays = {"meta": {"command": "python -m epiutils.studies.runs --eleven", "device": device_name()}}
     for point in _FREE_SPLIT:
-        seen, stored = heatmaps_once(point, "test-large", slice(420, 840, 3)), load(point)
+        some, stored = slice(420, 840, 3), load(point)
+        seen, flipped = (heatmaps_once(point, "test-large", some, flip=flip) for flip in (False, True))
         arrays[f"{point}/hrnet/found"] = found_by(None, seen)[None]
+        arrays[f"{point}/hrnet_flip/found"] = found_by(None, flipped)[None]
         arrays[f"{point}/robust_reprojected/found"] = found_back(triangulated(None, seen)[1]["robust"], seen)[None]
         for method in _ON_ELEVEN:
             right = [found_by(_rebuilt(method, weights), seen) for weights in stored[method]["weights"]]
