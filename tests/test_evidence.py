@@ -112,3 +112,24 @@ def test_the_flip_test_is_the_mean_with_the_mirrored_maps_left_and_right_exchang
         for x in range(8):  # pixel x shows input pixel 4 x; its mirror image 255 − 4 x is nearest to map pixel 8 − x
             mirrored = maps[other, :, min(8 - x, 7)]
             torch.testing.assert_close(flipped[j, :, x], (maps[j, :, x] + mirrored) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--points", "nowhere.safetensors"],
+            "expected original, best, strong, or a file of weights, got 'nowhere.saf",
+        ),
+        (["--points", "--free", "better"], "argument --free: expected original, best, strong, or a file"),
+        (
+            ["--points", "--free", "best", "--steps", "0"],
+            "argument --steps: expected a whole number from 1 on, got '0'",
+        ),
+        (["--batch", "-4"], "argument --batch: expected a whole number from 1 on, got '-4'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_work(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        evidence._main(arguments)
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -2,10 +2,11 @@
 
     python -m epiutils.studies.evidence          # all operating points, with and without the flip test: 15 minutes
     python -m epiutils.studies.evidence --points --free best    # the backbone set free, and its control: 10 minutes
+    python -m epiutils.studies.evidence --points runs/w32/w32.safetensors    # weights that do not ship
 
 Three numbers say what a backbone's heatmaps are worth, bone lengths what a body is like, poses how limbs are held; all
 come from people that the backbone was trained on.  What each method finds is stored in data/results/space.npz, see
-`load`; the settings were chosen on subject 8.
+`load`; the settings were chosen on subject 8.  On a GPU, backbones are trained on in minutes.
 """
 
 from __future__ import annotations
@@ -116,29 +117,32 @@ def _space_loss(network: nn.Module, batch: dict[str, Tensor], done: float, calib
     return lost + maps_loss(maps, batch, 0.5)
 
 
-def _trained_on(point: str, through_space: bool, steps: int = 100) -> nn.Module:
-    """The backbone of a point after some steps more, half of the runs' "repaired_free" and "hrnet_longer"; of seed 0."""
-    network, calibration, everybody = load_checkpoint(CHECKPOINTS[point]), calibrated(point), Benchmark("train-large")
-    chosen = choose(everybody, 4 * steps)  # each instant about once
-    data = MultiView(torch.utils.data.Subset(everybody.prepare(progress=False, only=chosen), chosen), Augmentation())
+def _trained_on(point: str, through_space: bool, steps: int, batch: int, workers: int) -> nn.Module:
+    """The backbone of a point after some steps more, of so many instants each, with patches that hide; of seed 0."""
+    weights, everybody = Path(CHECKPOINTS.get(point, point)), Benchmark("train-strong")
+    network, calibration = load_checkpoint(weights), calibrated(point)
+    chosen, augmentation = choose(everybody, batch * steps), Augmentation(hiding=1.0)
+    instants = torch.utils.data.Subset(everybody.prepare(progress=False, only=chosen), chosen)
     alone = lambda network, batch, done: pose_loss(network, batch, 0.5)
     loss = partial(_space_loss, calibration=calibration) if through_space else alone
-    settings = {"steps": steps, "batch": 4, "lr": 5e-4, "warmup": 10, "clip": 1.0, "seed": 0, "workers": 1}
+    settings = {"steps": steps, "batch": batch, "lr": 5e-4, "warmup": 10, "clip": 1.0, "seed": 0}
 
     def make() -> dict:
         torch.manual_seed(0)
         model = network.to(memory_format=torch.channels_last).train()
-        train(model, loss, data, progress=True, **settings)
-        return {name: value.contiguous() for name, value in model.state_dict().items()}
+        train(model, loss, MultiView(instants, augmentation), workers=workers, progress=True, **settings)
+        return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
 
-    known = [Path(CHECKPOINTS[point]), _space_loss, train, modes, MultiView, [everybody.instants[i] for i in chosen]]
+    known = [weights, _space_loss, train, modes, MultiView, [everybody.instants[i] for i in chosen]]
     network.load_state_dict(kept("set-free", [*known, through_space, settings, calibration], make))
     return network.eval()
 
 
-def _set_free(point: str) -> dict[str, dict[str, np.ndarray]]:
+def _set_free(point: str, **lesson) -> dict[str, dict[str, np.ndarray]]:
     """As `_evaluated`, of backbones that were trained on: "space_free", through space, its joints in space with bones;
     "space_longer", alone and as long, the same; "hrnet_free" and "hrnet_longer", the heatmaps of each alone.
+
+    lesson: steps, batch and workers, of `_trained_on`.
     """
     made, body, shots = {}, training_parts().body, []
     for split, wanted in (("train", TRAINING), ("test", slice(None))):
@@ -146,9 +150,9 @@ def _set_free(point: str) -> dict[str, dict[str, np.ndarray]]:
         chosen = choose(data, wanted)
         shots.append(MultiView(torch.utils.data.Subset(data.prepare(progress=False, only=chosen), chosen)))
     for name, through_space in (("free", True), ("longer", False)):
-        network = _trained_on(point, through_space)
-        lesson, seen = (predict(network, data) for data in shots)
-        calibration, true = Calibration.fit(lesson.output, lesson.joints), seen.joints_3d.numpy()
+        network = _trained_on(point, through_space, **lesson)
+        known, seen = (predict(network, data) for data in shots)
+        calibration, true = Calibration.fit(known.output, known.joints), seen.joints_3d.numpy()
         with torch.no_grad():
             X = poses(seen.output, seen.P.float(), calibration, body).double().numpy()
         alone = triangulated(None, seen)[1]["DLT"]
@@ -160,7 +164,7 @@ def _set_free(point: str) -> dict[str, dict[str, np.ndarray]]:
 def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """What is stored, by point and method, "hrnet_flip" with the flip test: found (N, V, J), and mm (N, J).
 
-    "meta" says how it was made.
+    "meta" says how each was made, with its command and device.
     """
     shown: dict[str, dict] = {}
     arrays = load_arrays(STORED)
@@ -171,23 +175,41 @@ def load() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     return shown | {"meta": meta}
 
 
+def _there(point: str) -> str:
+    """A point that ships, or a file, as `argparse` asks for it."""
+    if point not in CHECKPOINTS and not Path(point).is_file():
+        raise argparse.ArgumentTypeError(f"expected {', '.join(CHECKPOINTS)}, or a file of weights, got {point!r}")
+    return point
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _main(arguments: list[str] | None = None) -> int:
     """Evaluate what is asked for, and store it beside what is there."""
     parser = argparse.ArgumentParser(prog="python -m epiutils.studies.evidence", description=_main.__doc__)
-    parser.add_argument("--points", nargs="*", choices=CHECKPOINTS, default=list(CHECKPOINTS))
-    parser.add_argument("--free", nargs="*", choices=CHECKPOINTS, default=[], help="also train these through space")
+    points = {"nargs": "*", "metavar": "POINT", "type": _there}
+    parser.add_argument("--points", **points, default=list(CHECKPOINTS), help="checkpoints that ship, or their files")
+    parser.add_argument("--free", **points, default=[], help="also train these on, through space and alone")
+    parser.add_argument("--steps", type=_positive, default=100, help="of --free (default: %(default)s)")
+    parser.add_argument("--batch", type=_positive, default=4, help="instants a step (default: %(default)s)")
+    parser.add_argument("--workers", type=_positive, default=1, help="processes that load (default: %(default)s)")
     chosen, arrays = parser.parse_args(arguments), load_arrays(STORED) if STORED.exists() else {}
-    asked = [
-        (point, partial(_evaluated, point, flip), "_flip" * flip) for point in chosen.points for flip in (False, True)
-    ]
-    for point, evaluate, ending in [*asked, *((point, partial(_set_free, point), "") for point in chosen.free)]:
-        for method, values in evaluate().items():
-            name = f"{point}/{method}{ending}"
+    made, lesson = arrays.pop("meta", {}), {key: getattr(chosen, key) for key in ("steps", "batch", "workers")}
+    asked = [(point, partial(_evaluated, flip=flip), "_flip" * flip) for point in chosen.points for flip in (0, 1)]
+    for point, evaluate, ending in [*asked, *((point, partial(_set_free, **lesson), "_free") for point in chosen.free)]:
+        of = Path(point).stem
+        for method, values in evaluate(point).items():
+            name = f"{of}/{method}{ending.removesuffix('_free')}"
             arrays |= {f"{name}/{key}": of_key for key, of_key in values.items()}
             mm = float(np.nanmean(values["mm"]))
             print(f"{name}: {100 * np.nanmean(values['found']):.1f} % found, {mm:.1f} mm", flush=True)
-        meta = {"command": "python -m epiutils.studies.evidence", "device": device_name(), "torch": torch.__version__}
-        save_arrays(STORED, arrays | {"meta": meta})
+        command = " ".join(["python -m epiutils.studies.evidence", *(arguments or sys.argv[1:])])
+        made[of + ending] = {"command": command, "device": device_name(), "torch": torch.__version__}
+        save_arrays(STORED, arrays | {"meta": made})
     return 0
 
 

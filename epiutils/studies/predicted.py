@@ -137,6 +137,7 @@ def heatmaps_once(
 
     def make() -> dict:
         network, instants = _backbone(checkpoint, data, chosen[0]), torch.utils.data.Subset(data, chosen)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
         if rig:
             instants = [people.scene(**vars(data.instants[i]), rig=rig) for i in chosen]
         elif not dataset:
