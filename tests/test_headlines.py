@@ -104,6 +104,6 @@ def test_the_numbers_of_the_first_page():
     for text, way in (
         ("the network finds", "alone"),
         ("the original", "original"),
-        ("evidence in space", "space_tree"),
+        ("evidence in space with bones", "space_tree"),
     ):
         assert f"{text} {100 * hidden[way]['accuracy']:.0f} %" in said
