@@ -95,15 +95,15 @@ def reliability(module: RepairedFusion, predicted: Predicted, worth: Calibration
             [module.all_views(h[None], F[None])[0] for h, F in zip(predicted.output, predicted.F, strict=True)]
         )
     odds = torch.exp(worth.slope * predicted.output.amax((-1, -2)) + worth.offset)
-    claims = {
-        "one view": _claimed(probabilities(predicted.output, worth.sharpness), odds / (1 + odds)),
-        "fused": _claimed(probabilities(fused, module.sharpness), torch.ones_like(odds)),
+    ways = {
+        "one view": (predicted, worth.sharpness, odds / (1 + odds)),
+        "fused": (replace(predicted, output=fused), module.sharpness, torch.ones_like(odds)),
     }
-    right = {"one view": found_by(None, predicted), "fused": found_by(module, predicted)}
     shown = {}
-    for name, claim in claims.items():
-        counts = np.isfinite(right[name])
-        claim, hit = claim.numpy()[counts], right[name][counts]
+    for name, (seen, sharpness, right) in ways.items():
+        hit = found_by(None, seen)
+        claim = _claimed(probabilities(seen.output, sharpness), right).numpy()[np.isfinite(hit)]
+        hit = hit[np.isfinite(hit)]
         some = np.array_split(np.argsort(claim), parts)
         shown[name] = tuple(np.array([values[part].mean() for part in some]) for values in (claim, hit))
     return shown

@@ -130,19 +130,19 @@ def _train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100)
         module = make()
         rows = train_pairs(module, HeatmapPairs(heatmaps), steps, batch, seed=seed)
         return WithNext(module.cpu()), rows
-    torch.manual_seed(seed)
-    make, loss = TOGETHER[method]
     lr, steps = SETTINGS.get(method, (5e-2, steps))
-    return train_together(make(), loss, heatmaps, seed, steps, lr)
+    return train_together(*TOGETHER[method], heatmaps, seed, steps, lr)
 
 
 def train_together(
-    module: nn.Module, loss: Callable, heatmaps: Predicted, seed: int = 0, steps: int = 100, lr: float = 5e-2
+    make: Callable, loss: Callable, heatmaps: Predicted, seed: int = 0, steps: int = 100, lr: float = 5e-2
 ) -> tuple[nn.Module, list[dict]]:
-    """A module trained on all views of four instants a step, in place, and its rows of `steps.csv`.
+    """A module that `make()` gives, trained on all views of four instants a step, and its rows of `steps.csv`.
 
-    loss: of `HeatmapScenes`, such as `views_loss`.  lr: AdamW's highest.
+    loss: of `HeatmapScenes`, such as `views_loss`.  seed: of the new module too.  lr: AdamW's highest.
     """
+    torch.manual_seed(seed)
+    module = make()
     settings = {"steps": steps, "batch": 4, "lr": lr, "weight_decay": 0, "seed": seed, "progress": False}
     rows = train(module, loss, HeatmapScenes(heatmaps), **settings)[1]
     return module.cpu(), rows
@@ -340,7 +340,7 @@ def repaired(
             return _rebuilt("repaired_frozen", load(point)["repaired_frozen"]["weights"][0])
         lesson = heatmaps_once(point, "train", TRAINING, progress=False)
     module, settings = RepairedFusion(threshold), (seed, steps)
-    make = lambda: train_together(module, views_loss, lesson, *settings)[0].state_dict()
+    make = lambda: train_together(lambda: module, views_loss, lesson, *settings)[0].state_dict()
     module.load_state_dict(
         kept("repaired", [train_together, RepairedFusion, lesson.output, threshold, *settings], make)
     )

@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from epiutils.data.files import replacing
 from epiutils.metrics import joint_mean
 from epiutils.networks.predict import device_name
@@ -40,9 +38,7 @@ def _search(method: str, folder: Path) -> list[dict]:
         path = folder / f"{method}-{lr:g}-{steps}.json"
         if not path.exists():
             start = time.perf_counter()
-            torch.manual_seed(0)
-            make, loss = TOGETHER[method]
-            module = train_together(make(), loss, lesson, 0, steps, lr)[0]
+            module = train_together(*TOGETHER[method], lesson, 0, steps, lr)[0]
             seconds = time.perf_counter() - start
             row = {"method": method, "lr": lr, "steps": steps, "seconds": seconds}
             row |= {"accuracy": joint_mean(found_by(module, judge))}
