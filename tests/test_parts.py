@@ -6,7 +6,7 @@ import torch
 
 from epiutils.data import people
 from epiutils.data.views import BONES, JOINTS
-from epiutils.space import Body, Modes, along_bones, near_best
+from epiutils.space import Body, Modes, along_bones
 from epiutils.studies import parts as parts_of
 from epiutils.studies.parts import Parts
 
@@ -30,7 +30,7 @@ def certain(pose, decoys=()):
 
 def refined(parts, found):
     share = along_bones(found, parts.body)
-    return parts.refine(found, share, near_best(found, share))[0]
+    return parts.refine(found, share, found.near_best(share))[0]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -46,7 +46,7 @@ def test_a_limb_that_others_hold_so_wins_over_a_likelier_mode(parts, joint):
     parent = next(a for a, b in BONES if b == j)
     decoy = pose[parent] - (pose[j] - pose[parent]) + 1e-3
     found = certain(pose, [(j, decoy, 1.0)])
-    assert np.linalg.norm(near_best(found, found.share)[0, j].numpy() - decoy) < 0.01
+    assert np.linalg.norm(found.near_best(found.share)[0, j].numpy() - decoy) < 0.01
     assert np.linalg.norm(refined(parts, found)[j] - pose[j]) < 0.03
 
 

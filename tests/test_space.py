@@ -195,9 +195,9 @@ def test_the_mode_that_fits_the_bones_is_chosen_over_a_likelier_one():
     q = space.along_bones(found, body)
     torch.testing.assert_close(q.sum(-1), torch.ones(10, 5).double())
     assert (found.share[:, 3, 0] < 0.2).all() and (q[..., 0] > 0.9).all()
-    torch.testing.assert_close(space.near_best(found, q, within=0.01), true)
+    torch.testing.assert_close(found.near_best(q, within=0.01), true)
     loose = space.along_bones(found, body, floor=1e9)  # whatever the bones say counts for nothing
-    torch.testing.assert_close(loose, torch.softmax(mass / 1.5, -1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(loose, found.share, rtol=1e-6, atol=1e-9)
 
 
 # Its three numbers
@@ -219,3 +219,17 @@ def test_the_calibration_learns_how_sharp_maps_are_and_when_their_peaks_are_righ
     assert blunt.sharpness < fitted.sharpness
     beside = torch.cat([4 * at[:, None], torch.full((50, 1, 2), math.nan)])
     assert Calibration.fit(torch.cat([maps, maps[:50]]), beside, steps=150) == fitted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_view_asked_twice_together_says_of_places_what_it_says_alone(seed):
+    """Of two copies of a view, each half as sharp: the differences of log p between pixels are those of one alone."""
+    maps = torch.rand(1, 1, 1, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    P = torch.tensor([[4.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 0, 1]]).double()[None, None]  # X is a pixel of the map
+    y, x = (axis.flatten().double() for axis in torch.meshgrid(*map(torch.arange, SHAPE), indexing="ij"))
+    X = torch.stack([x, y, 0 * x], -1)[None, None]
+    sure = Calibration(9.0, 3.0, 40.0)  # log(1 + o p) is log o + log p
+    alone = space.log_evidence(X, maps, P, sure)
+    twice = space.log_evidence(X, maps.expand(1, 2, -1, -1, -1), P.expand(1, 2, -1, -1), sure.together())
+    torch.testing.assert_close(twice - twice[..., :1], alone - alone[..., :1], atol=1e-9, rtol=0)
+    torch.testing.assert_close(alone - alone[..., :1], 9 * (maps.flatten(2) - maps[..., :1, :1].flatten(2)))

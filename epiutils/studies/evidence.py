@@ -29,7 +29,7 @@ from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
 from epiutils.networks.predict import device_name, predict
 from epiutils.networks.training import maps_loss, pose_loss
-from epiutils.space import Body, Calibration, along_bones, log_evidence, modes, near_best, poses
+from epiutils.space import Body, Calibration, along_bones, log_evidence, modes, poses
 from epiutils.studies.parts import Parts
 from epiutils.studies.predicted import CHECKPOINTS, choose, found_back, found_by, heatmaps_once, kept, triangulated
 from epiutils.studies.runs import TRAINING, repaired
@@ -41,7 +41,7 @@ _TRAINED = (1, 5, 6, 7)  # subjects; 8 is to choose on
 
 
 def calibrated(point: str, flip: bool = False) -> Calibration:
-    """What the heatmaps of an operating point are worth, fitted on instants of subject 1."""
+    """What the heatmaps of an operating point are worth, view by view, fitted on instants of subject 1."""
     seen = heatmaps_once(point, "train", TRAINING, progress=False, flip=flip)
     make = lambda: vars(Calibration.fit(seen.output, seen.joints))
     return Calibration(**kept("calibration", [Calibration, seen.output, seen.joints], make))
@@ -71,8 +71,8 @@ def in_space(
             some = predicted[first : first + batch]
             found = modes(some.output, some.P.to(some.output), calibration)
             share = along_bones(found, parts.body)
-            made["space"].append(near_best(found, found.share))
-            made["space_tree"].append(near_best(found, share))
+            made["space"].append(found.near_best(found.share))
+            made["space_tree"].append(found.near_best(share))
             for n, action in enumerate(actions[first : first + batch]):
                 one = type(found)(*(v[n : n + 1] for v in vars(found).values()))
                 X = parts.without(action).refine(one, share[n : n + 1], made["space_tree"][-1][n : n + 1])
@@ -91,7 +91,7 @@ def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray
     learned; "space", "space_tree" and "space_parts", see `in_space`.
     """
     seen, module = heatmaps_once(point, progress=False, flip=flip), repaired(point)
-    actions, calibration = [i.action for i in Benchmark("test").instants], calibrated(point, flip)
+    actions, calibration = [i.action for i in Benchmark("test").instants], calibrated(point, flip).together()
     alone, fused = (triangulated(fusion, seen)[1] for fusion in (None, module))
     X = {"hrnet": alone["DLT"], "robust_reprojected": alone["robust"], "repaired": fused["DLT"]}
     X |= in_space(seen, calibration, training_parts(), actions)
@@ -152,7 +152,7 @@ def _set_free(point: str, **lesson) -> dict[str, dict[str, np.ndarray]]:
     for name, through_space in (("free", True), ("longer", False)):
         network = _trained_on(point, through_space, **lesson)
         known, seen = (predict(network, data) for data in shots)
-        calibration, true = Calibration.fit(known.output, known.joints), seen.joints_3d.numpy()
+        calibration, true = Calibration.fit(known.output, known.joints).together(), seen.joints_3d.numpy()
         with torch.no_grad():
             X = poses(seen.output, seen.P.float(), calibration, body).double().numpy()
         alone = triangulated(None, seen)[1]["DLT"]

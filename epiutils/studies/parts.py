@@ -27,18 +27,17 @@ class Parts:
     poses: (N, J, 3) metres, of a body of mean size: the torso's mean is the origin, left lies along x, z points up.
     actions: (N,) their names.  neighbours: poses that speak for a part.  spread: metres, of what no neighbour showed.
     blur: metres, added to every mode.  slack: metres within which a mode agrees with the rest of the body; floor: for
-    what it cannot explain.  temperature: of the modes' masses, as in `along_bones`.
+    what it cannot explain.
     """
 
     poses: np.ndarray
     actions: np.ndarray
     body: Body
     neighbours: int = 80
-    spread: float = 0.06
-    blur: float = 0.015
+    spread: float = 0.08
+    blur: float = 0.008
     slack: float = 0.03
     floor: float = 1e-3
-    temperature: float = 1.5
 
     @classmethod
     def of(cls, poses: np.ndarray, actions: np.ndarray, body: Body, **settings) -> Parts:
@@ -57,7 +56,7 @@ class Parts:
     def refine(self, found: Modes, share: torch.Tensor, X: torch.Tensor, rounds: int = 3) -> np.ndarray:
         """Poses (B, J, 3) in metres: the modes and the parts, in turn, as Gaussians of the whole body.
 
-        found, share: of `modes` and `along_bones`.  X: (B, J, 3) of `near_best`, to begin with.  The modes of a joint
+        found, share: of `modes` and `along_bones`.  X: (B, J, 3) of `Modes.near_best`, to begin with.  The modes of a joint
         are one Gaussian, the neighbours of each part another; their product says where the joint is, and without the
         joint's own (its cavity; Minka 2001) which of its modes agrees with the rest of the body.
         """
@@ -69,7 +68,7 @@ class Parts:
 
     def _refine(self, X, mass, covariance, share, pose, scale: float, rounds: int) -> np.ndarray:
         """One instant: modes X (J, M, 3), mass (J, M), covariance (J, M, 3, 3), share (J, M) and a pose (J, 3)."""
-        own = np.exp((mass - mass.max(1, keepdims=True)) / self.temperature)
+        own = np.exp(mass - mass.max(1, keepdims=True))
         for _ in range(rounds):
             frame = origin, turn = _frame(pose)
             places = _own_frame(X, frame, scale)  # (J, M, 3)

@@ -31,7 +31,7 @@ from epiutils.data.views import JOINTS, Predicted, heatmap_fundamentals
 from epiutils.fusion import RepairedFusion
 from epiutils.networks.pictures import PoseNetwork, open_network
 from epiutils.redirect import Pencil
-from epiutils.space import Body, Calibration, along_bones, modes, near_best
+from epiutils.space import Body, Calibration, along_bones, modes
 from epiutils.studies.predicted import triangulated
 from epiutils.studies.runs import repaired
 from epiutils.studies.stored import load_arrays, save_arrays
@@ -227,10 +227,10 @@ def _answers(
     for first in range(0, len(case["seen"]), batch):
         some, asked = (case[key][first : first + batch] for key in ("seen", "asked"))
         maps, P = some.output.float() / 255, some.P
-        fused, found = _fused(maps, some.F, module, told), modes(maps, P.float(), calibration)
+        fused, found = _fused(maps, some.F, module, told), modes(maps, P.float(), calibration.together())
         X = {name: triangulated(None, replace(some, output=fused[name]))[1]["robust"] for name in ("alone", "repaired")}
-        X |= {"robust_reprojected": X["alone"], "space": near_best(found, found.share).double().numpy()}
-        X["space_tree"] = near_best(found, along_bones(found, body)).double().numpy()
+        X |= {"robust_reprojected": X["alone"], "space": found.near_best(found.share).double().numpy()}
+        X["space_tree"] = found.near_best(along_bones(found, body)).double().numpy()
         pixels = {name: _argmax(at) for name, at in fused.items()}
         for name in X.keys() - fused.keys():
             pixels[name] = np.rint(project(X[name], P.numpy()[:, None]).swapaxes(1, 2) / 4)
