@@ -255,7 +255,7 @@ def test_pages_need_neither_network_nor_kernel(made):
     assert "".join(f'<span class="setting">{name} <b>{value}</b></span>' for name, value in settings) in page
     assert "<figcaption>1 &lt; 2</figcaption>" in page and "<figcaption>4/4" not in page
     assert "<figcaption><i>in front</i></figcaption>" in page and "<figcaption>behind" not in page
-    assert re.search('<img src="data:image/png;base64,[^"]+" style="width:30px" alt="figure">', page)
+    assert re.search('<img alt="figure" src="data:image/png;base64,[^"]+" style="width:30px"', page)
 
 
 def test_an_explorer_made_ahead_is_a_live_slider(made):
