@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from mpl_toolkits.mplot3d.axes3d import Axes3D
@@ -85,16 +86,23 @@ def heatmap(ax: Axes, values, title: str = "", bar: bool = True, ticks: bool = T
     return ax
 
 
-def signed(ax: Axes, values, title: str = "", labels: bool = False) -> Axes:
-    """A small signed matrix such as a 3×3 weight, blue below and orange above zero, its numbers written in."""
+def matrix(ax: Axes, values, title: str = "", texts=None, rows=(), columns=(), limit: float | None = None) -> Axes:
+    """A small matrix (R, C) such as a 3×3 weight, blue below and orange above zero, a text in each cell.
+
+    texts: (R, C), by default the numbers.  rows, columns: names beside it.  limit: the value of full colour, by
+    default the largest.  nan is white.
+    """
     values = np.asarray(values)
-    limit = max(np.abs(values).max(), 1e-12)
+    limit = limit or max(np.nanmax(np.abs(values)), 1e-12)
     ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
-    if labels:
-        for (y, x), value in np.ndenumerate(values):
-            ink = "white" if abs(value) > 0.6 * limit else "black"
-            ax.text(x, y, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8.5)
-    ax.set(title=title, xticks=[], yticks=[])
+    for (y, x), value in np.ndenumerate(values):
+        ink = "white" if abs(value) > 0.6 * limit else "black"
+        text = f"{value:.2g}" if texts is None else texts[y][x]
+        ax.text(x, y, text, ha="center", va="center", color=ink, fontsize=8.5)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_title(title)
+    ax.tick_params(length=0, labelcolor="black")
     ax.spines[:].set_visible(False)
     return ax
 
@@ -110,14 +118,28 @@ def points(ax: Axes, xy, colour=ORANGE, marker: str = "o", size: float = 28, lab
 def skeleton(
     ax: Axes, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, width: float = 1.5
 ) -> Axes:
-    """Bones between joints (J, 2), and the joints; those that `hidden` (J,) marks are hollow.  width: of a bone."""
-    joints, size = np.asarray(joints), (width / 1.5) ** 2
-    ax.add_collection(LineCollection([joints[list(b)] for b in bones], colors=colour, linewidths=width, alpha=0.85))
-    seen = np.ones(len(joints), bool) if hidden is None else ~np.asarray(hidden)
+    """Bones between joints (J, 2), and the joints; those that `hidden` (J,) marks are hollow.  width: of a bone.
+
+    On 3D Axes joints are (J, 3) in metres, z up, with their shadow on the floor, the bones of hidden ones dashed, and
+    nan is left out.
+    """
+    joints = np.asarray(joints, dtype=float)
+    hidden = np.zeros(len(joints), bool) if hidden is None else np.asarray(hidden, dtype=bool)
+    pairs = joints[np.array(bones)]  # (B, 2, 2) or (B, 2, 3)
+    if isinstance(ax, Axes3D):
+        known, dashes = np.isfinite(joints).all(-1), np.where(hidden[np.array(bones)].any(-1), "--", "-")
+        ax.add_collection3d(Line3DCollection(pairs * (1, 1, 0), colors="#000000", linewidths=3, alpha=0.07))
+        ax.add_collection3d(Line3DCollection(pairs, colors=colour, linewidths=width, linestyles=dashes, alpha=0.9))
+        rim = {"linewidths": 0.8, "depthshade": False}
+        for shown, face, edge in ((known & ~hidden, colour, "white"), (known & hidden, "white", colour)):
+            if shown.any():
+                ax.scatter(*joints[shown].T, s=4.5 * width**2, c=face, edgecolors=edge, **rim)
+        return ax
+    ax.add_collection(LineCollection(pairs, colors=colour, linewidths=width, alpha=0.85))
     full, hollow = (14, colour, "white", width / 3), (18, "none", colour, 0.8 * width)
-    for shown, (area, face, edge, rim) in ((seen, full), (~seen, hollow)):
+    for shown, (area, face, edge, rim) in ((~hidden, full), (hidden, hollow)):
         if shown.any():  # one line of markers takes a fifth of a scatter's time
-            ax.plot(*joints[shown].T, "o", ms=(area * size) ** 0.5, mfc=face, mec=edge, mew=rim, zorder=3)
+            ax.plot(*joints[shown].T, "o", ms=area**0.5 * width / 1.5, mfc=face, mec=edge, mew=rim, zorder=3)
     return ax
 
 
@@ -163,29 +185,6 @@ def stage(ax: Axes3D, poses, azimuth: float = -60.0, elevation: float = 12.0, ti
     return ax
 
 
-def skeleton3d(
-    ax: Axes3D, joints, bones: Sequence[tuple[int, int]], colour=ORANGE, hidden=None, label: str | None = None,
-    width: float = 2.2,
-) -> Axes3D:  # fmt: skip
-    """Bones between joints (J, 3) in metres, z up, and their shadow on the floor; nan is left out.
-
-    The joints that `hidden` (J,) marks are hollow, their bones dashed.  width: of a bone.
-    """
-    joints = np.asarray(joints, dtype=float)
-    hidden = np.zeros(len(joints), bool) if hidden is None else np.asarray(hidden, dtype=bool)
-    known = np.isfinite(joints).all(-1)
-    lines = joints[np.array(bones)]  # (B, 2, 3)
-    dashes = np.where(hidden[np.array(bones)].any(-1), "--", "-")
-    ax.add_collection3d(Line3DCollection(lines * (1, 1, 0), colors="#000000", linewidths=3, alpha=0.07))
-    ax.add_collection3d(
-        Line3DCollection(lines, colors=colour, linewidths=width, linestyles=dashes, alpha=0.9, label=label)
-    )
-    for shown, face, edge in ((known & ~hidden, colour, "white"), (known & hidden, "white", colour)):
-        if shown.any():
-            ax.scatter(*joints[shown].T, s=4.5 * width**2, c=face, edgecolors=edge, linewidths=0.8, depthshade=False)
-    return ax
-
-
 def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", marker: str = "o") -> Axes:
     """One labelled curve for each name of `series`; log: the axes ("x", "y", "xy") that are logarithmic."""
     for name, y in series.items():
@@ -199,12 +198,11 @@ def curves(ax: Axes, x, series: dict, xlabel: str, ylabel: str, log: str = "", m
     return ax
 
 
-def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, unit: str = "%") -> Axes:
+def waterfall(ax: Axes, steps: Sequence[tuple], unit: str = "%") -> Axes:
     """How a value changes step by step, as horizontal bars from the top down, each change with its interval.
 
     steps: (label, value, (low, high)), the value after each step.  The first and the last are bars from zero, with the
     interval of the value; those between reach from the value before to theirs, with the interval of the change.
-    dots: for each step, single values that it is the mean of, such as those of several seeds, or none.
     """
     labels, values, intervals = zip(*steps, strict=True)
     last = len(steps) - 1
@@ -214,95 +212,50 @@ def waterfall(ax: Axes, steps: Sequence[tuple], dots: Sequence | None = None, un
         change = value - before
         colour = GREY if whole else GREEN if change >= 0 else RED
         ax.barh(y, change, left=before, height=0.62, color=colour, alpha=1 if whole else 0.9, zorder=2)
-        for single in dots[y] if dots else ():
-            ax.plot(single, y, "o", ms=3.2, color="white", mec="#333333", mew=0.7, zorder=4)
         ax.plot((before + low, before + high), (y, y), color="#111111", lw=1.2, zorder=3)
         if y < last:
             ax.plot((value, value), (y - 0.31, y + 1.31), color="#999999", lw=0.7, zorder=1)
         text = f"{value:.1f} {unit}" if whole else f"{round(change, 1) + 0.0:+.1f}".replace("-", "−")
         beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 9.5}
         ax.annotate(text, (1, y), (44, 0), ha="right", va="center", annotation_clip=False, **beside)
-    ax.set_yticks(range(len(steps)), labels)
-    ax.set_ylim(last + 0.6, -0.6)
-    ax.tick_params(axis="y", length=0, labelcolor="black")
-    ax.spines["left"].set_visible(False)
-    return ax
+    return _named_rows(ax, labels)
 
 
-def gauge(ax: Axes, names: Sequence[str], now, before) -> Axes:
-    """Percentages as bars with their names, and as marks what they were before."""
-    ax.barh(range(len(names)), now, color=ORANGE, height=0.5)
-    ax.vlines(before, np.arange(len(names)) - 0.25, np.arange(len(names)) + 0.25, color="black", lw=2)
-    for y, (name, value) in enumerate(zip(names, now, strict=True)):
-        ax.text(0, y - 0.3, f"{name}: {value:.1f} %", fontsize=10)
-    ax.set(xlim=(0, 100), ylim=(len(names) - 0.6, -0.7), xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    return ax
+def rows(ax: Axes, names: Sequence[str], series: dict, intervals=(), changes=False, texts=(), colours=()) -> Axes:
+    """One row a name from the top down, in it a dot for each of `series`, joined by a thin line.
 
-
-def effects(ax: Axes, rows: dict[str, tuple[float, tuple[float, float]]], colour=BLUE) -> Axes:
-    """Changes as dots with their intervals, one a row, from the top down, and the line of no change.
-
-    rows: for each label the change and (low, high).  A change whose interval holds zero is hollow.
+    series: values (N,) by name; several stand in a legend.  intervals: (low, high) of the first one's values.
+    changes: there is a line of no change, and dots whose intervals hold it are hollow.  texts: beside the last one's
+    dots.  colours: for each of `series` one, or N of them.
     """
-    for y, (change, (low, high)) in enumerate(rows.values()):
-        face = "white" if low <= 0 <= high else colour
-        ax.plot((low, high), (y, y), color=colour, lw=1.4, zorder=2)
-        ax.plot(change, y, "o", ms=6.5, color=colour, mfc=face, zorder=3)
-    ax.axvline(0, color="#888888", lw=0.8, zorder=1)
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0, labelcolor="black")
+    places, table = np.arange(len(names)), np.array([list(values) for values in series.values()], dtype=float)  # (S, N)
+    paints = [np.broadcast_to(to_rgba_array(c), (len(names), 4)) for c in colours or (GREY, *COLOURS)]
+    ax.hlines(places, table.min(0), table.max(0), color="#cccccc", lw=1.2, zorder=1)
+    hollow = np.array([changes and low <= 0 <= high for low, high in intervals] or [False] * len(names))
+    for y, (interval, paint) in enumerate(zip(intervals, paints[0], strict=False)):
+        ax.plot(interval, (y, y), color=paint, lw=1.4, zorder=2)
+    for name, values, edges in zip(series, table, paints, strict=False):
+        faces = np.where(hollow[:, None], to_rgba_array("white"), edges)
+        ax.scatter(values, places, s=34, c=faces, edgecolors=edges, linewidths=1.4, label=name, zorder=3)
+    if changes:
+        ax.axvline(0, color="#888888", lw=0.8, zorder=1)
+    for *place, text in zip(table[-1], places, texts, strict=False):
+        ax.annotate(text, place, (7, 0), textcoords="offset points", va="center", fontsize=9)
     ax.grid(axis="x", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
+    if len(series) > 1:
+        beside = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": len(series)}
+        ax.legend(fontsize=9, frameon=False, handletextpad=0.1, **beside)
+    return _named_rows(ax, names)
+
+
+def _named_rows(ax: Axes, names: Sequence[str]) -> Axes:
+    """Names on the left, from the top down, without ticks."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0, labelcolor="black")
     ax.spines["left"].set_visible(False)
     return ax
-
-
-def dots(ax: Axes, names: Sequence[str], series: dict, label: str) -> Axes:
-    """One row a name, in it a dot for each of `series`, joined by a thin line; label: of the axis."""
-    table = np.array(list(series.values()), dtype=float)
-    ax.hlines(range(len(names)), table.min(0), table.max(0), color="#cccccc", lw=1.2, zorder=1)
-    for colour, (name, values) in zip((GREY, *COLOURS), series.items(), strict=False):
-        ax.plot(values, range(len(names)), "o", ms=5.5, color=colour, label=name, zorder=2)
-    ax.set_yticks(range(len(names)), names)
-    ax.set(xlabel=label, xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
-    ax.tick_params(axis="y", length=0, labelcolor="black")
-    ax.grid(axis="x", color="#eeeeee", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(series))
-    return ax
-
-
-def shares(ax: Axes, values, rows: Sequence[str], columns: Sequence[str], texts, title: str = "") -> Axes:
-    """A small table of shares from 0 to 1, the darker the higher, a text in each cell."""
-    ax.imshow(np.nan_to_num(values), cmap="Blues", vmin=0, vmax=1.25)
-    for (y, x), value in np.ndenumerate(np.asarray(values)):
-        ax.text(x, y, texts[y][x], ha="center", va="center", color="white" if value > 0.7 else "black", fontsize=9)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_title(title)
-    ax.tick_params(length=0, labelcolor="black")
-    ax.spines[:].set_visible(False)
-    return ax
-
-
-def ladder(ax: Axes, seconds: dict[str, float]) -> Axes:
-    """Times as horizontal bars on a logarithmic scale, each with its number."""
-    names = list(seconds)
-    ax.barh(names, list(seconds.values()), color=[BLUE if name.startswith("pencil") else GREY for name in names])
-    for name, value in seconds.items():
-        ax.text(value * 1.15, name, _duration(value), va="center", fontsize=9)
-    ax.set(xscale="log", xlabel="time for 17 heatmaps of 64×64 (s, logarithmic)")
-    ax.set_xlim(right=max(seconds.values()) * 12)
-    ax.invert_yaxis()
-    return ax
-
-
-def _duration(seconds: float) -> str:
-    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            return f"{seconds * factor:.3g} {unit}"
 
 
 class _Table:

@@ -9,7 +9,6 @@ import torch
 from rigs import LENS, camera_pair, look_at, random_maps, world_points
 from scenes import JOINTS, SHAPE, WEIGHTS, found_literally, made_up
 
-from epiutils import plot
 from epiutils.data.views import Predicted
 from epiutils.epipolar import fundamental_from_cameras, point_line_distance, transfer
 from epiutils.fusion import OriginalFusion, SimpleFusion
@@ -346,32 +345,3 @@ def test_forgetting_the_crop_takes_f_of_the_whole_pictures(seed):
     for s, r in ((0, 1), (1, 0)):
         off = point_line_distance(estimated[s, r], *(torch.from_numpy(small[v]) for v in (s, r)))
         assert 0 < off.median() < 0.5  # whole pixels of the picture, read in small ones
-
-
-# Effects and pictures
-
-
-def test_a_gauge_shows_what_is_and_marks_what_was():
-    ax = plot.gauge(plot.figure()[1], ("all", "some"), [40.0, 30.0], [50.0, 20.0])
-    assert [bar.get_width() for bar in ax.patches] == [40, 30]
-    assert [text.get_text() for text in ax.texts] == ["all: 40.0 %", "some: 30.0 %"]
-    assert [segment[0][0] for segment in ax.collections[0].get_segments()] == [50, 20]
-
-
-def test_a_waterfall_reaches_from_each_value_to_the_next():
-    steps = [("start", 10.0, (9, 11)), ("up", 30.0, (15, 24)), ("down", 25.0, (-6, -3)), ("end", 40.0, (38, 41))]
-    fig, ax = plot.figure()
-    plot.waterfall(ax, steps, dots=[[9, 11], [], [24], []])
-    ends = [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in ax.patches]
-    np.testing.assert_allclose(ends, [[0, 10], [10, 30], [25, 30], [0, 40]])
-    assert [text.get_text() for text in ax.texts] == ["10.0 %", "+20.0", "−5.0", "40.0 %"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["start", "up", "down", "end"]
-    fig.canvas.draw()
-
-
-def test_effects_without_effect_are_hollow():
-    fig, ax = plot.figure()
-    plot.effects(ax, {"nothing": (0.1, (-1.0, 1.0)), "something": (2.0, (1.0, 3.0))})
-    dots = [line for line in ax.lines if line.get_marker() == "o"]
-    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [True, False]
-    fig.canvas.draw()

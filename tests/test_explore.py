@@ -73,12 +73,10 @@ def test_the_first_picture_raises_and_nonsense_is_named():
 
 def test_slow_pictures_wait_for_the_mouse_to_stop(monkeypatch):
     panel = explore(draw, threshold=(1, 6))
-    monkeypatch.setattr("epiutils.explore.BUDGET", 0)
-    panel.controls["threshold"].value = 3
-    assert not panel.controls["threshold"].continuous_update
-    monkeypatch.setattr("epiutils.explore.BUDGET", 60)
-    panel.controls["threshold"].value = 4
-    assert panel.controls["threshold"].continuous_update
+    for budget, value in ((0, 3), (60, 4)):
+        monkeypatch.setattr("epiutils.explore.BUDGET", budget)
+        panel.controls["threshold"].value = value
+        assert panel.controls["threshold"].continuous_update == bool(budget)
 
 
 def test_figures_do_not_pile_up_even_from_pyplot():
@@ -103,22 +101,22 @@ def test_the_display_reads_without_a_kernel_and_is_the_same_in_every_run():
     assert panel._repr_mimebundle_()[0]["image/png"] == data["image/png"]
 
 
-def test_pictures_are_made_ahead_only_for_the_report(monkeypatch):
-    panel = explore(draw, threshold=(1, 4), view=["left", "right"], ahead="threshold", width=200)
+def ahead(monkeypatch, **asked):
+    """What is made ahead for the report, and for nobody else."""
+    panel = explore(draw, **asked)
     assert panel._repr_mimebundle_()[1] == {}
     monkeypatch.setenv("EPIUTILS_REPORT", "1")
-    ahead = json.loads(json.dumps(panel._repr_mimebundle_()[1]["epiutils"]["ahead"]))
-    assert [frame["text"] for frame in ahead["frames"]] == ["1", "2", "3", "4"]
-    assert ahead["frames"][3]["caption"] == "threshold 4, left, False, 0.5"
-    assert (ahead["name"], ahead["start"], ahead["settings"]) == ("threshold", 1, {"view": "left"})
-    assert Image.open(io.BytesIO(base64.b64decode(ahead["frames"][0]["webp"]))).width == 250
+    made = json.loads(json.dumps(panel._repr_mimebundle_()[1]["epiutils"]["ahead"]))
+    monkeypatch.delenv("EPIUTILS_REPORT")
+    return made, [frame["text"] for frame in made["frames"]]
 
 
-def test_frames_of_a_menu_and_of_a_long_slider(monkeypatch):
-    monkeypatch.setenv("EPIUTILS_REPORT", "1")
-    menu = explore(draw, view={"left camera": "left", "right camera": "right"}, ahead="view")._repr_mimebundle_()[1]
-    assert [frame["text"] for frame in menu["epiutils"]["ahead"]["frames"]] == ["left camera", "right camera"]
-    assert menu["epiutils"]["ahead"]["frames"][1]["caption"].startswith("threshold 2, right,")
-    long = explore(draw, gain=(0.0, 1.0, 0.001), ahead="gain", width=50)._repr_mimebundle_()[1]["epiutils"]["ahead"]
-    assert len(long["frames"]) == MAX_FRAMES and long["frames"][-1]["text"] == "1"
-    assert long["frames"][long["start"]]["text"] == "0.5"
+def test_pictures_are_made_ahead_for_each_value_of_a_slider_or_a_menu_and_for_some_of_a_long_slider(monkeypatch):
+    made, texts = ahead(monkeypatch, threshold=(1, 4), view=["left", "right"], ahead="threshold", width=200)
+    assert texts == ["1", "2", "3", "4"] and made["frames"][3]["caption"] == "threshold 4, left, False, 0.5"
+    assert (made["name"], made["start"], made["settings"]) == ("threshold", 1, {"view": "left"})
+    assert Image.open(io.BytesIO(base64.b64decode(made["frames"][0]["webp"]))).width == 250
+    menu, texts = ahead(monkeypatch, view={"left camera": "left", "right camera": "right"}, ahead="view")
+    assert texts == ["left camera", "right camera"] and menu["frames"][1]["caption"].startswith("threshold 2, right,")
+    long, texts = ahead(monkeypatch, gain=(0.0, 1.0, 0.001), ahead="gain", width=50)
+    assert len(texts) == MAX_FRAMES and texts[-1] == "1" and texts[long["start"]] == "0.5"

@@ -1,12 +1,16 @@
 """Drawings show what they are given: where the artists lie, on floors, in rooms, from where they are seen."""
 
+import io
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgba_array
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Path3DCollection
 from mpl_toolkits.mplot3d.proj3d import proj_transform
+from PIL import Image
 
 from epiutils import plot
 from epiutils.data.people import pose
@@ -54,7 +58,7 @@ def test_a_skeleton_has_its_bones_its_joints_and_its_shadow_and_leaves_out_what_
     joints, hidden = STANDING.copy(), np.zeros(17, bool)
     hidden[[4, 16]], joints[10] = True, np.nan
     before = joints.copy()
-    assert plot.skeleton3d(ax, joints, BONES, plot.BLUE, hidden, label="pose") is ax
+    assert plot.skeleton(ax, joints, BONES, plot.BLUE, hidden) is ax
     shadow, bones = lines(ax)
     np.testing.assert_array_equal(bones, joints[np.array(BONES)])
     np.testing.assert_array_equal(shadow, joints[np.array(BONES)] * (1, 1, 0))
@@ -64,7 +68,6 @@ def test_a_skeleton_has_its_bones_its_joints_and_its_shadow_and_leaves_out_what_
     full, hollow = dots(ax)
     np.testing.assert_array_equal(hollow, joints[[4, 16]])
     np.testing.assert_array_equal(full, np.delete(joints, (4, 10, 16), 0))
-    assert ax.get_legend_handles_labels()[1] == ["pose"]
     np.testing.assert_array_equal(joints, before)
     ax.figure.canvas.draw()
 
@@ -108,7 +111,7 @@ def test_every_line_has_a_colour_of_ours():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_waterfall_writes_beside_its_bars_also_where_figures_share_an_axis(order):
+def test_a_waterfall_reaches_from_value_to_value_and_writes_beside_also_where_figures_share_an_axis(order):
     rows = [("first", 20.0, (18, 22)), ("up", 70.0, (47, 53)), ("down", 65.0, (-6, -4)), ("last", 65.0, (60, 70))]
     high = [(name, value + 30, interval) for name, value, interval in rows]
     fig, axes = plot.figure(2, 1, sharex=True)
@@ -116,12 +119,98 @@ def test_a_waterfall_writes_beside_its_bars_also_where_figures_share_an_axis(ord
         assert plot.waterfall(ax, steps) is ax
     fig.canvas.draw()
     for ax, steps in zip(axes, (rows, high)[::order], strict=True):
-        first, last = (f"{steps[k][1]:.1f} %" for k in (0, 3))
-        assert [text.get_text() for text in ax.texts] == [first, "+50.0", "−5.0", last]
-        assert [bar.get_x() + bar.get_width() for bar in ax.patches] == [value for _, value, _ in steps]
+        a, b, c, d = (value for _, value, _ in steps)
+        ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+        np.testing.assert_allclose(ends, [(0, a), (a, b), (b, c), (0, d)])
+        assert [text.get_text() for text in ax.texts] == [f"{a:.1f} %", "+50.0", "−5.0", f"{d:.1f} %"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "up", "down", "last"]
+        marks = [line.get_xdata() for line in ax.lines if len(set(line.get_ydata())) == 1]
+        np.testing.assert_allclose(marks, [(18, 22), (a + 47, a + 53), (b - 6, b - 4), (60, 70)])
         ends = [drawn.get_window_extent().x1 for drawn in (*ax.patches, *ax.lines)]
         assert max(ends) < min(text.get_window_extent().x0 for text in ax.texts)
         assert max(text.get_window_extent().x1 for text in ax.texts) <= fig.bbox.x1
+
+
+def scattered(ax):
+    """What each series of rows shows: its name, its dots (N, 2), which of them are hollow, and their colours."""
+    drawn = [artist for artist in ax.collections if isinstance(artist, PathCollection)]
+    hollow = [(artist.get_facecolors() == 1).all(1).tolist() for artist in drawn]
+    return [
+        (a.get_label(), a.get_offsets().tolist(), h, a.get_edgecolors()) for a, h in zip(drawn, hollow, strict=True)
+    ]
+
+
+def test_changes_whose_intervals_hold_zero_are_hollow():
+    _, ax = plot.figure()
+    intervals, colours = [(-1.0, 1.0), (1.0, 3.0), (-3, 0), (-3.0, -0.1)], [plot.BLUE, plot.RED, plot.RED, plot.BLUE]
+    assert plot.rows(ax, list("abcd"), {"change": (0.1, 2.0, -1, -2)}, intervals, True, colours=[colours]) is ax
+    ((name, dots, hollow, edges),) = scattered(ax)
+    assert name == "change" and dots == [[0.1, 0], [2, 1], [-1, 2], [-2, 3]] and hollow == [True, False, True, False]
+    np.testing.assert_array_equal(edges, to_rgba_array(colours))
+    *drawn, zero = ax.lines
+    assert [(tuple(line.get_xdata()), *line.get_ydata()) for line in drawn] == [
+        (i, k, k) for k, i in enumerate(intervals)
+    ]
+    assert [to_hex(line.get_color()).upper() for line in drawn] == colours and list(zero.get_xdata()) == [0, 0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list("abcd") and ax.get_ylim() == (3.5, -0.5)
+    assert ax.get_legend() is None
+    assert not any(scattered(plot.rows(plot.figure()[1], list("abcd"), {"": range(4)}, intervals))[0][2])
+
+
+def test_a_row_joins_its_dots_and_writes_beside_the_last():
+    fig, ax = plot.figure()
+    plot.rows(ax, ("all", "some"), {"before": [50.0, 20.0], "now": np.array([40.0, 30.0])}, texts=("40 %", "30 %"))
+    assert [(name, dots) for name, dots, *_ in scattered(ax)] == [
+        ("before", [[50, 0], [20, 1]]), ("now", [[40, 0], [30, 1]])
+    ]  # fmt: skip
+    np.testing.assert_array_equal(scattered(ax)[1][3], to_rgba_array([plot.ORANGE] * 2))
+    joined = next(artist for artist in ax.collections if isinstance(artist, LineCollection))
+    assert [segment[:, 0].tolist() for segment in joined.get_segments()] == [[40, 50], [20, 30]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before", "now"] and not ax.lines
+    fig.canvas.draw()
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [("40 %", (40, 0)), ("30 %", (30, 1))]
+
+
+def test_a_matrix_writes_into_its_cells_and_is_white_where_nothing_is_known():
+    _, (left, right) = plot.figure(1, 2)
+    assert plot.matrix(left, torch.tensor([[0.25, -1.0, 0.0]]), "weight") is left
+    assert [text.get_text() for text in left.texts] == ["0.25", "-1", "0"] and left.get_title() == "weight"
+    assert [text.get_color() for text in left.texts] == ["black", "white", "black"]
+    assert left.images[0].get_clim() == (-1, 1) and len(left.get_xticks()) == len(left.get_yticks()) == 0
+    plot.matrix(right, [[0.5, np.nan], [0.1, 2.0]], "", [["a", "–"], ["b", "c"]], ("up", "down"), ("l", "r"), 2)
+    assert [(text.get_position(), text.get_text()) for text in right.texts] == [
+        ((0, 0), "a"), ((1, 0), "–"), ((0, 1), "b"), ((1, 1), "c")
+    ]  # fmt: skip
+    assert [label.get_text() for label in right.get_yticklabels()] == ["up", "down"]
+    assert [label.get_text() for label in right.get_xticklabels()] == ["l", "r"] and right.images[0].get_clim() == (
+        -2,
+        2,
+    )
+    assert plot.matrix(plot.figure()[1], np.zeros((2, 3))).images[0].get_clim()[1] > 0
+
+
+def test_pictures_heatmaps_points_and_curves_lie_where_they_belong():
+    fig, axes = plot.figure(2, 4)
+    assert plot.picture(axes[0, 0], np.zeros((4, 6, 3)), "one") is axes[0, 0]
+    assert axes[0, 0].get_xlim() == (-0.5, 5.5) and axes[0, 0].get_ylim() == (3.5, -0.5)
+    plot.points(axes[0, 0], [[1, 2], [np.nan, 0]], plot.RED, label="joint")
+    assert axes[0, 0].collections[0].get_offsets()[0].tolist() == [1, 2]
+    before = len(fig.axes)
+    assert plot.heatmap(axes[0, 1], torch.eye(3)).get_xlabel() == "x (px)" and len(fig.axes) == before + 1
+    assert (
+        plot.heatmap(axes[0, 2], np.eye(3), ticks=False, bar=False).get_xlabel() == "" and len(fig.axes) == before + 1
+    )
+    plot.fused_row(axes[1], *(np.eye(3) * k for k in (1, 2, 0.5, -3)))
+    titles = ["source: 0 to 1", "ridge: 0 to 2", "reference: 0 to 0.5", "fused: -3 to 0"]
+    assert [ax.get_title() for ax in axes[1]] == titles
+    ax = plot.curves(axes[0, 3], (1, 10), {"a": (1, 2), "b": (3, 4)}, "x (px)", "y (px)", log="x")
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "linear", "x (px)", "y (px)")
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 1], [10, 2]], [[1, 3], [10, 4]]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    with Image.open(io.BytesIO(fig._repr_png_())) as shown:
+        assert shown.size == tuple(round(110 * side) for side in fig.get_size_inches())
+    quick, ax = plot.figure(size=(2, 1), quick=True)
+    assert ax.get_position().x0 == 0.01 and quick.get_size_inches().tolist() == [2, 1]
 
 
 # Tables

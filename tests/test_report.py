@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from nbconvert.filters import markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 from recorded import write_recording
 
-from epiutils.report import pages, story
+from epiutils.report import pages
 from epiutils.report import run as report
-from epiutils.report.record import record, record_all, record_figure
+from epiutils.report.record import record, record_figure
 
 FIRST = r"""# 01 · The first
 
@@ -51,8 +52,17 @@ record("line.points", 2)
 record_figure("01_line", figure, "A line.")
 """
 WIDGETS = """
+import io
 import ipywidgets as w
-w.VBox([w.IntSlider(3, description="plain"), w.Dropdown(options=["a", "b"], description="menu"), w.Label("1 < 2")])
+from PIL import Image
+Image.new("RGB", (2, 2)).save(buffer := io.BytesIO(), "png")
+shown = w.Image(value=buffer.getvalue(), layout=w.Layout(width="30px"))
+some = w.SelectMultiple(options=["a", "b", "c"], index=[0, 2], description="some")
+away = w.Stack([w.Label("behind"), w.HTML("<i>in front</i>")], selected_index=1)
+row = w.HBox([w.Checkbox(True, description="box"), w.FloatSlider(0.25, description="gain"), some])
+bar = w.HBox([w.FloatProgress(1), w.Label("4/4")])
+plain = w.IntSlider(3, description="plain")
+w.VBox([plain, w.Dropdown(options=["a", "b"], description="menu"), row, bar, away, shown, w.Label("1 < 2")])
 """
 
 
@@ -98,7 +108,7 @@ def made(tmp_path_factory):
 
 def test_record_checks_and_leaves_no_trace_outside_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac", (0.1, 2)):
+    for value in (1.5, np.float32(2), torch.tensor(3), True, "magsac", (0.1, 2), {"c": 1, "d e": {"f": 2}}):
         assert record("a.b", value) is None
     for name in ("", "a b", ".a", "a..b", "ä"):
         with pytest.raises(ValueError, match="words joined by dots"):
@@ -117,7 +127,7 @@ def test_a_mapping_is_recorded_entry_by_entry_without_what_is_unknown(tmp_path, 
     monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
     inner = {"ci": (0.1, np.float64(0.2)), "broken": (0.1, math.nan), "n": 3}
     values = {"accuracy": torch.tensor(0.5), "a b": inner, "gone": None, "worst": -np.inf, "name": "magsac", "ok": True}
-    assert record_all("run.one", values, {"accuracy": "share", "a b": {"n": "how many"}}) is None
+    assert record("run.one", values, {"accuracy": "share", "a b": {"n": "how many"}}) is None
     found = json.loads((tmp_path / "records" / "script.json").read_text("utf-8"))["numbers"]
     assert {name: entry["value"] for name, entry in found.items()} == {
         "run.one.accuracy": 0.5, "run.one.a_b.ci": [0.1, 0.2], "run.one.a_b.n": 3, "run.one.name": "magsac",
@@ -126,9 +136,13 @@ def test_a_mapping_is_recorded_entry_by_entry_without_what_is_unknown(tmp_path, 
     texts = {name: entry["text"] for name, entry in found.items() if entry["text"]}
     assert texts == {"run.one.accuracy": "share", "run.one.a_b.n": "how many"}
     with pytest.raises(ValueError, match=r"text for \['acuracy'\], but run has \['accuracy'\]"):
-        record_all("run", {"accuracy": 0.5}, {"acuracy": "share"})
+        record("run", {"accuracy": 0.5}, {"acuracy": "share"})
     with pytest.raises(ValueError, match="run.what must be finite numbers"):
-        record_all("run", {"what": object()})
+        record("run", {"what": object()})
+    record("redirect.speedup", 1)
+    record("redirect.speedup_loop", 1)
+    with pytest.raises(ValueError, match="group"):
+        record("redirect.speedup.loop", 1)
 
 
 def test_recorded_figures_are_the_same_bytes_in_every_run(tmp_path, monkeypatch):
@@ -152,21 +166,35 @@ def test_a_large_figure_is_kept_small(tmp_path, monkeypatch):
         assert image.format == "PNG" and image.mode == "P"
 
 
-def test_a_name_cannot_be_both_a_number_and_a_group(tmp_path, monkeypatch):
-    monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(tmp_path))
-    record("redirect.speedup", 1)
-    record("redirect.speedup_loop", 1)
-    with pytest.raises(ValueError, match="group"):
-        record("redirect.speedup.loop", 1)
+META = {"versions": {}, "profile": "quick", "device": "CPU"}
 
 
-def test_metrics_are_nested_sorted_rounded_and_merged(tmp_path):
-    path = tmp_path / "metrics.json"
-    story._write_metrics(path, {"b.z": 1, "b.a": 2, "old.x": 3}, {"profile": "quick"})
-    story._write_metrics(path, {"b.c": 4}, {"profile": "full"})
-    assert json.loads(path.read_text()) == {"b": {"a": 2, "c": 4, "z": 1}, "meta": {"profile": "full"}, "old": {"x": 3}}
-    story._write_metrics(path, {"b.c.d": 5}, {}, partial=False)
-    assert json.loads(path.read_text()) == {"b": {"c": {"d": 5}}, "meta": {}, "old": {"x": 3}}
+def reported(folder, numbers=None, figures=None, partial=True, meta=META, texts=None):
+    """The report of one notebook that handed over such numbers and figures (name, caption): its page and its README."""
+    path = notebook(folder / "nb" / "03_x.ipynb", "# X")
+    notebook(folder / "out" / "notebooks" / path.name, "# X")
+    told = {name: {"value": value, "text": (texts or {}).get(name, "")} for name, value in (numbers or {}).items()}
+    records = folder / "out" / "records" / "03_x.json"
+    records.parent.mkdir(exist_ok=True)
+    records.write_text(json.dumps({"numbers": told, "figures": figures or {}}))
+    pages.build([path], folder / "out", meta, partial, publish=folder)
+    return tuple((folder / name).read_text("utf-8") for name in ("out/index.html", "README.md"))
+
+
+def plain(page, readme):
+    """The page as plain text, and its README without marks."""
+    page = html.unescape(re.sub(r"<(style|nav).*?</\1>|<[^>]+>", "", page, flags=re.DOTALL))
+    return " ".join(page.replace("\N{NO-BREAK SPACE}", " ").split()), " ".join(readme.replace("**", "").split())
+
+
+def test_metrics_are_nested_sorted_and_merged(tmp_path):
+    told = lambda: json.loads((tmp_path / "out" / "metrics.json").read_text())
+    reported(tmp_path, {"b.z": 1, "b.a": 2, "old.x": 3})
+    reported(tmp_path, {"b.c": 4}, meta=META | {"profile": "full"})
+    expected = {"b": {"a": 2, "c": 4, "z": 1}, "meta": META | {"profile": "full"}, "old": {"x": 3}}
+    assert told() == expected and [*told()["b"], *told()] == ["a", "c", "z", "b", "meta", "old"]
+    reported(tmp_path, {"b.c.d": 5}, partial=False)
+    assert told() == {"b": {"c": {"d": 5}}, "meta": META, "old": {"x": 3}}
 
 
 def test_a_report_leaves_what_it_promises(made):
@@ -194,29 +222,21 @@ def test_publishing_replaces_figures_and_keeps_numbers_of_others(tmp_path):
     (tmp_path / "figures").mkdir()
     for name in ("05_old.png", "photo.png"):
         (tmp_path / "figures" / name).touch()
-    story._write_metrics(tmp_path / "metrics.json", {"real.x": 1, "old.x": 1}, {})
-    path = notebook(tmp_path / "nb" / "01_first.ipynb", "# One")
-    story.build([path], tmp_path / "out", META, partial=False, publish=tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"meta": META, "old": {"x": 1}, "real": {"x": 1}}
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"meta": META}
+    (tmp_path / "metrics.json").write_text('{"real": {"x": 1}, "old": {"x": 1, "y": 2}}')
+    reported(tmp_path, {"old.x": 3}, partial=False)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"meta": META, "old": {"x": 3}, "real": {"x": 1}}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"meta": META, "old": {"x": 3}}
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["photo.png"]
 
 
 @pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>", "<b>[a](b)*c*`d`_e_|", "a & b %"])
-def test_what_a_folder_is_called_is_shown_as_it_is(tmp_path, monkeypatch, name):
-    out, path = tmp_path / "out", notebook(tmp_path / "nb" / "05_x.ipynb", "# X")
-    notebook(out / "notebooks" / path.name, "# X")
-    monkeypatch.setenv("EPIUTILS_REPORT_DIR", str(out))
-    monkeypatch.setenv("EPIUTILS_REPORT_SOURCE", path.stem)
-    for figure in ("05_shares", "05_other"):
-        record_figure(figure, Figure(figsize=(1, 1)), f"seen in {name}")
-    record("real.off", 2, f"px (recording {name})")
-    story.build([path], out, META, partial=False, publish=tmp_path)
-    index = (out / "index.html").read_text("utf-8").replace("\N{NO-BREAK SPACE}", " ")
+def test_what_a_folder_is_called_is_shown_as_it_is(tmp_path, name):
+    figures = dict.fromkeys(("05_shares", "05_other"), f"seen in {name}")
+    index, readme = reported(tmp_path, {"real.off": 2}, figures, texts={"real.off": f"px (recording {name})"})
+    index = index.replace("\N{NO-BREAK SPACE}", " ")
     assert index.count(f"seen in {html.escape(name)}") == 2 and f"(recording {html.escape(name)})" in index
     assert f"seen in {name}" not in index or "<" not in html.escape(name).replace("&", "<")
-    shown = pages.markdown((tmp_path / "README.md").read_text("utf-8"))
-    assert f"<p>seen in {html.escape(name)} (" in shown.replace("&quot;", '"')
+    assert f"<p>seen in {html.escape(name)} (" in markdown2html(readme).replace("&quot;", '"')
 
 
 def test_pages_need_neither_network_nor_kernel(made):
@@ -231,8 +251,11 @@ def test_pages_need_neither_network_nor_kernel(made):
     page = (out / "01_first.html").read_text("utf-8")
     assert page.count("<math") == 2 and "<code>$5</code>" in page
     assert 'href="02_second.html"' in page and ".ipynb" not in page
-    assert '<span class="setting">plain <b>3</b></span><span class="setting">menu <b>a</b></span>' in page
-    assert "<figcaption>1 &lt; 2</figcaption>" in page
+    settings = {"plain": 3, "menu": "a", "box": "on", "gain": 0.25, "some": "a, c"}.items()
+    assert "".join(f'<span class="setting">{name} <b>{value}</b></span>' for name, value in settings) in page
+    assert "<figcaption>1 &lt; 2</figcaption>" in page and "<figcaption>4/4" not in page
+    assert "<figcaption><i>in front</i></figcaption>" in page and "<figcaption>behind" not in page
+    assert re.search('<img alt="figure" src="data:image/png;base64,[^"]+" style="width:30px"', page)
 
 
 def test_an_explorer_made_ahead_is_a_live_slider(made):
@@ -244,23 +267,13 @@ def test_an_explorer_made_ahead_is_a_live_slider(made):
     assert "view <b>left</b>" in page and 'type: "range"' in page
 
 
-META = {"versions": {}, "profile": "quick", "device": "CPU"}
-
-
-def told(numbers, figures=(), nav=()):
-    """The story's page as plain text, and its README without marks, for numbers by dotted names."""
-    page, readme = (story._story(name, numbers, list(figures), list(nav)) for name in ("story.html.j2", "README.md.j2"))
-    page = html.unescape(re.sub(r"<(style|nav).*?</\1>|<[^>]+>", "", page, flags=re.DOTALL))
-    return " ".join(page.replace("\N{NO-BREAK SPACE}", " ").split()), " ".join(readme.replace("**", "").split())
-
-
-def test_page_and_readme_tell_the_same_numbers_and_leave_out_what_is_missing():
-    tiles = tomllib.loads((pages.TEMPLATES / "story.toml").read_text("utf-8"))["tiles"]
+def test_page_and_readme_tell_the_same_numbers_and_leave_out_what_is_missing(tmp_path):
+    tiles = tomllib.loads((Path(pages.__file__).parent / "template" / "story.toml").read_text("utf-8"))["tiles"]
     needs = [set(re.findall(r"{([^{}:]+):[^{}]*}", tile["number"] + tile["text"])) for tile in tiles]
     numbers = {name: 0.0123 + 0.07 * k for k, name in enumerate(sorted(set().union(*needs)))}
     for missing in [None, *numbers]:
         left = {name: value for name, value in numbers.items() if name != missing}
-        page, readme = told(left)
+        page, readme = plain(*reported(tmp_path / str(missing), left))
         for tile, need in zip(tiles, needs, strict=True):
             if missing in need:
                 assert tile["what"] not in page and tile["what"] not in readme
@@ -274,24 +287,19 @@ def test_page_and_readme_tell_the_same_numbers_and_leave_out_what_is_missing():
 
 def test_the_numbers_told_are_those_of_metrics(tmp_path):
     for value, said in ((12345.6, "12,346 times"), (99, "99 times")):
-        numbers = {"redirect.speedup_loop": value, "cost.loops_times_slower": 7}
-        story._write_metrics(tmp_path / "metrics.json", numbers, {})
-        path = notebook(tmp_path / "nb" / "03_x.ipynb", "# X")
-        story.build([path], tmp_path, META, partial=True, publish=tmp_path)
-        assert said in (tmp_path / "README.md").read_text("utf-8").replace("**", "")
-        assert said in (tmp_path / "index.html").read_text("utf-8").replace("<strong>", "").replace("</strong>", "")
+        both = plain(*reported(tmp_path, {"redirect.speedup_loop": value, "cost.loops_times_slower": 7}))
+        assert all(said in text for text in both)
     numbers = {f"benchmark.original.{name}.accuracy": 0.4677 for name in ("hrnet", "original_frozen")}
-    assert not any("against 47 %" in text for text in told(numbers))
-    numbers["benchmark.original.original_free.accuracy"] = 0.0187
-    assert all("against 47 %" in text and "set free for 60, 1.9 %" in text for text in told(numbers))
+    assert not any("against 47 %" in text for text in plain(*reported(tmp_path, numbers)))
+    both = plain(*reported(tmp_path, numbers | {"benchmark.original.original_free.accuracy": 0.0187}))
+    assert all("against 47 %" in text and "set free for 60, 1.9 %" in text for text in both)
 
 
-def test_the_story_shows_its_figures_once_and_in_its_order():
-    source = {"source": "03_x", "label": "03 x", "page": "03_x.html"}
-    nav = source | {"title": "X", "summary": "", "href": "03_x.html"}
-    names = ["03_first", "07_pose", "03_ladder", "05_shares"]
-    figures = [source | {"name": name, "caption": name, "svg": True} for name in names]
-    page, readme = (story._story(name, {}, figures, [nav]) for name in ("story.html.j2", "README.md.j2"))
+def test_the_story_shows_its_figures_once_and_in_its_order(tmp_path):
+    for name in (names := ["03_first", "07_pose", "03_ladder", "05_shares"]):
+        (tmp_path / "out" / "figures").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "figures" / f"{name}.svg").touch()
+    page, readme = reported(tmp_path, figures={name: name for name in names})
     order = [page.index(f'src="figures/{name}') for name in ("05_shares.svg", "03_ladder.svg", "07_pose.svg")]
     assert order == sorted(order) and page.index("<details>") < page.index('alt="03_first"')
     assert page.count('src="figures/05_shares.svg" alt="Why it failed"') == 1
@@ -320,8 +328,19 @@ def test_resume_skips_what_is_done_and_unchanged(made, capsys):
 def test_only_keeps_the_numbers_of_the_others(made, capsys):
     out, make = made
     assert make("--only", "02") == 0
-    assert "01_first" not in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "02_second (1 of 1) ..." and re.fullmatch(r"02_second: done, \d+ s", said[1]) and len(said) == 3
     assert json.loads((out / "metrics.json").read_text())["line"]["slope"] == 2
+
+
+def test_a_terminal_shows_the_cell_that_runs_in_a_line_that_changes(made, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for arguments, end in ((("-p", "slope", "2"), "01_first: done"), (("--refresh",), "01_first.ipynb: stored")):
+        assert made[1]("--only", "01", *arguments) == 0
+        said = capsys.readouterr().out.split("\r\x1b[K")
+        cells = [re.sub(r"\d+ s", "0 s", text) for text in said if "cell" in text]
+        assert cells == [f"01_first (1 of 1): cell {k} of 4, 0 s ..." for k in range(1, 5)]
+        assert f"{end}, " in said[said.index(next(text for text in said if "cell 4" in text)) + 1]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +360,9 @@ def test_only_keeps_the_numbers_of_the_others(made, capsys):
 def test_wrong_arguments_are_named(made, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         made[1](*arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and message in told
+    assert arguments[0] != "--recording" or told.count("--recording") == told.count("\n") == 1
 
 
 def test_results_read_again_as_a_recording_are_not_swept(made, capsys):
@@ -419,7 +440,7 @@ def test_what_the_reader_refuses_is_told_before_any_notebook_runs(looking, capsy
     with pytest.raises(SystemExit) as stop:
         make("--recording", str(folder / "mine"), "-p", *given)
     told = capsys.readouterr().err
-    assert stop.value.code == 2 and message in told and "Traceback" not in told
+    assert stop.value.code == 2 and message in told and told.count("\n") == 1
 
 
 def test_a_cell_that_hangs_is_stopped_and_shown(tmp_path, capsys):
@@ -557,31 +578,46 @@ def test_refreshing_twice_gives_the_same_bytes(tmp_path):
     assert nbformat.read(path, 4).cells[-1].outputs[0].text == "1.0\n"
 
 
-def test_formulas_outside_code_become_mathml(capsys):
-    text = pages.markdown(
-        "Costs \\$5 and $x_1$, `$y$`:\n$$\\begin{aligned} a &= b \\\\ &= \\tfrac12 \\end{aligned}$$\n```\n$z$\n```"
-    )
-    assert text.count("<math") == 2 and "$y$" in text and "$z$" in text and "mtable" in text
-    assert '<span class="unbroken"><math' in text and "$5" in text
-    assert r"<code>\nonsense{x}</code>" in pages.markdown(r"$\nonsense{x}$")
+def shown(tmp_path, *cells):
+    """The page of a notebook that ran, of such cells, and the report's first page."""
+    path = tmp_path / "nb" / "01_x.ipynb"
+    nb = new_notebook(cells=list(cells))
+    for place in (path, tmp_path / "out" / "notebooks" / path.name):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, place)
+    pages.build([path], tmp_path / "out", META, partial=True)
+    return [(tmp_path / "out" / name).read_text("utf-8") for name in ("01_x.html", "index.html")]
+
+
+def test_formulas_outside_code_become_mathml(tmp_path, capsys):
+    text = "Costs \\$5 and $x_1$, `$y$`:\n$$\\begin{aligned} a &= b \\\\ &= \\tfrac12 \\end{aligned}$$\n```\n$z$\n```"
+    page, _ = shown(tmp_path, *cells(f"# Two\n\n{text}", "# Three\n\n" r"$\nonsense{x}$ $F \sim G$ $x_{\mathrm{ref}}$"))
+    assert page.count("<math") == 4 and "$y$" in page and "$z$" in page and "mtable" in page
+    assert '<span class="unbroken"><math' in page and "$5" in page
+    assert r"<code>\nonsense{x}</code>" in page
     assert r"cannot convert the formula '\\nonsense{x}'" in capsys.readouterr().err
-    assert "<mo>∼</mo>" in pages.markdown(r"$F \sim G$")
-    assert "<mtext>ref</mtext>" in pages.markdown(r"$x_{\mathrm{ref}}$")
+    assert "<mo>∼</mo>" in page and "<mtext>ref</mtext>" in page
 
 
-def test_a_figure_is_named_by_the_heading_that_it_stands_under():
+def test_a_figure_is_named_by_the_heading_that_it_stands_under(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2)).save(buffer, "png")
     picture = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
-    nb = new_notebook(cells=cells("1", "# One\n\n## Is $a < b$?\n\nProse.", "2"))
-    for cell in nb.cells[::2]:
-        cell.outputs = [new_output("display_data", picture)]
-    nav = [{"title": "One", "label": "01", "href": "01.html", "here": True}]
-    shown = re.findall(r'<img[^>]* alt=("[^"]*")', pages.notebook_page(nb, "One", nav))
-    assert shown == ['"figure"', '"Is $a &lt; b$?"']
+    made = cells("1", "# One\n\n## Is $a < b$?\n\nProse.", "2", "3", "4")
+    data = (picture, picture, {"text/latex": "$x_1$"}, {"text/markdown": "*said* $y$"})
+    for cell, one in zip(made[:1] + made[2:], data, strict=True):
+        cell.outputs = [new_output("display_data", one)]
+    page, _ = shown(tmp_path, *made)
+    assert re.findall(r'<img[^>]* alt=("[^"]*")', page) == ['"figure"', '"Is $a &lt; b$?"']
+    assert "<msub><mi>x</mi><mn>1</mn></msub>" in page and re.search("<em>said</em> <math[^>]*>.*<mi>y</mi>", page)
 
 
-def test_title_and_summary_come_from_the_first_cell():
-    nb = new_notebook(cells=cells("# A *title*\n\n![picture](x.png)\n\nOne line\nand another.\n\n- no"))
-    assert story._heading(nb) == ("A *title*", "One line and another.")
-    assert story._heading(new_notebook()) == ("", "")
+@pytest.mark.parametrize(
+    ("first", "title", "summary"),
+    [("# A *title*\n\n![picture](x.png)\n\nOne line\nand another.\n\n- no", "A <em>title</em>", "One line and another."),
+     ("prose", "01 x", "")],
+)  # fmt: skip
+def test_title_and_summary_come_from_the_first_cell(tmp_path, first, title, summary):
+    _, index = shown(tmp_path, new_markdown_cell(first))
+    entry = re.search(r'<a href="01_x.html">(.*?)</a>', index)
+    assert entry[1] == title and (not summary or summary in index)

@@ -17,36 +17,30 @@ _LARGE = 150_000  # bytes of a figure
 _NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
 
 
-def record(name: str, value, text: str = "") -> None:
+def record(name: str, value, text: str | Mapping = "") -> None:
     """Hand a number to the report: `record("redirect.speedup_loop", 12345.6, "times faster than the loop")`.
 
     name: words joined by dots, the path in metrics.json.  value: a finite number, a bool or a string, numpy
     and torch scalars too; or a tuple of numbers, such as an interval.  text: what the number is; with one, it is
     listed among the key numbers.
+    Or a mapping of such, or of mappings again: `record("training.hrnet", {"accuracy": 0.46})`.  Every entry is recorded
+    as `name.key`, a space in a key becomes _, and what is None, nan or infinite, or holds such, is left out.  text: for
+    chosen keys what the number is.
     Returns nothing, so that it may end a cell; outside a report it only checks.  Raises ValueError for a name
-    or value that cannot be recorded, or a name that is a group of others.
+    or value that cannot be recorded, a name that is a group of others, or a text of a key that a mapping lacks.
     """
+    if isinstance(value, Mapping):
+        text = text or {}
+        if unknown := set(text) - set(value):
+            raise ValueError(f"record: text for {sorted(unknown)}, but {name} has {list(value)}")
+        for key, each in value.items():
+            if isinstance(each, Mapping) or not any(map(_unknown, each if isinstance(each, tuple | list) else [each])):
+                record(f"{name}.{key}".replace(" ", "_"), each, text.get(key, ""))
+        return
     if not _NAME.fullmatch(name):
         raise ValueError(f'record: a name is words joined by dots, like "redirect.speedup", got {name!r}')
     plain = [_plain(name, v) for v in value] if isinstance(value, tuple | list) else _plain(name, value)
     _hand_over("numbers", name, {"value": plain, "text": text})
-
-
-def record_all(prefix: str, values: Mapping, text: Mapping | None = None) -> None:
-    """Record every entry of a mapping as `prefix.key`: `record_all("training.hrnet", {"accuracy": 0.46})`.
-
-    values: by key, as `record` takes them, or mappings again: `prefix.key.inner`.  A space in a key becomes _.  What
-    is None, nan or infinite, or holds such, is left out.  text: for chosen keys what the number is.
-    Raises ValueError as `record` does, and for a text of a key that `values` lacks.
-    """
-    if unknown := set(text or {}) - set(values):
-        raise ValueError(f"record_all: text for {sorted(unknown)}, but {prefix} has {list(values)}")
-    for key, value in values.items():
-        name, said = f"{prefix}.{key}".replace(" ", "_"), (text or {}).get(key, "")
-        if isinstance(value, Mapping):
-            record_all(name, value, said or None)
-        elif not any(map(_unknown, value if isinstance(value, tuple | list) else [value])):
-            record(name, value, said)
 
 
 def _unknown(value) -> bool:
@@ -106,11 +100,6 @@ def _hand_over(kind: str, name: str, value) -> Path | None:
         if other.startswith(name + ".") or name.startswith(other + "."):
             raise ValueError(f"record: {name} and {other} cannot both hold a value: one is a group of the other")
     records[kind][name] = value
-    write(path, json.dumps(records, indent=1, ensure_ascii=False))
-    return folder
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file at once: a reader sees the old one or the new one, never a half."""
     with replacing(path) as part:
-        part.write_text(text, "utf-8")
+        part.write_text(json.dumps(records, indent=1, ensure_ascii=False), "utf-8")
+    return folder

@@ -1,7 +1,7 @@
 """The report: every notebook in order through papermill, then pages that need neither kernel nor network.
 
 `python -m epiutils.report --help` says what can be asked.  Notebooks hand over numbers and figures by
-`epiutils.report.record`; `epiutils.report.story` makes of them what is left.
+`epiutils.report.record`; `epiutils.report.pages` makes of them what is left.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from nbclient import NotebookClient
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from epiutils.data import human36m
+from epiutils.data.files import replacing
 from epiutils.data.recordings import Recording, read_recording
-from epiutils.report.pages import VIEW
-from epiutils.report.record import write
-from epiutils.report.story import RECORDING, build, executed
+from epiutils.report.pages import RECORDING, VIEW, build, executed
 
 _ROOT = Path(__file__).resolve().parents[2]
 LATEST = _ROOT / "reports" / "latest"
@@ -130,7 +129,7 @@ def _read(parameters: dict[Path, dict]) -> Recording | None:
 
 def _folder(option: str, text: str, *others: Path) -> str:
     """The folder that the caller means, as an absolute path, because notebooks run in their own."""
-    places = [Path(text).expanduser(), *others]
+    places = dict.fromkeys([Path(text).expanduser(), *others])
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
         raise ValueError(f"--{option} {text}: no folder {' or '.join(map(str, places))}")
@@ -158,8 +157,34 @@ def _stamp(notebook: Path, parameters: dict) -> str:
     return digest.hexdigest()
 
 
-def _execute(notebook: Path, parameters: dict, out: Path, timeout: int) -> Exception | None:
-    """Run one notebook through papermill into out/notebooks; returns what stopped it, after saying so."""
+def _say(text: str) -> None:
+    """A line, in a terminal in place of the line of progress."""
+    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+
+def _progress(notebook: Path, text: str):
+    """What nbclient calls as a cell starts: a terminal shows which one of how many, in one line that changes.
+
+    The cell of parameters that papermill puts in is not counted.
+    """
+    cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+    begin, started = time.time(), []
+
+    def on_cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", []):
+            return
+        started.append(cell_index)
+        line = f"{text}: cell {len(started)} of {len(cells)}, {time.time() - begin:.0f} s ..."
+        print(f"\r\x1b[K{line}", end="", flush=True)
+
+    return on_cell_start if sys.stdout.isatty() else None
+
+
+def _execute(notebook: Path, parameters: dict, out: Path, timeout: int, text: str) -> Exception | None:
+    """Run one notebook through papermill into out/notebooks; returns what stopped it, after saying so.
+
+    text: which notebook it is, for the line of progress.
+    """
     copy = out / "notebooks" / notebook.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.unlink(missing_ok=True)  # its stamp is the mark of completion, which goes before what it stands for
@@ -175,11 +200,13 @@ def _execute(notebook: Path, parameters: dict, out: Path, timeout: int) -> Excep
             kernel_name="python3",
             cwd=str(notebook.parent),
             execution_timeout=timeout,
-            progress_bar={"desc": notebook.stem, "disable": None},  # None: no bar without a terminal
+            progress_bar=False,
+            on_cell_start=_progress(notebook, text),
             extra_arguments=_QUIET,
         )
         nb.metadata["epiutils"] = {"seconds": round(time.time() - begin, 1), "stamp": mark}
-        write(copy, nbformat.writes(nb))
+        with replacing(copy) as part:
+            nbformat.write(nb, part)
     except Exception as failure:  # noqa: BLE001  a cell's error, a timeout, a dead kernel, a full disk
         _show_failure(notebook, executed(copy), failure)
         return failure
@@ -202,13 +229,14 @@ def _show_failure(notebook: Path, nb: nbformat.NotebookNode | None, failure: Exc
 
 def _refresh(notebooks: list[Path], timeout: int) -> None:
     """Run notebooks and store their outputs in place, the same bytes in every run (what nbval compares)."""
-    for notebook in notebooks:
+    for number, notebook in enumerate(notebooks, 1):
         begin, nb = time.time(), nbformat.read(notebook, 4)
         NotebookClient(
             nb,
             kernel_name="python3",
             timeout=timeout,
             record_timing=False,
+            on_cell_start=_progress(notebook, f"{notebook.stem} ({number} of {len(notebooks)})"),
             extra_arguments=_QUIET,
             resources={"metadata": {"path": str(notebook.parent)}},
         ).execute()
@@ -221,8 +249,9 @@ def _refresh(notebooks: list[Path], timeout: int) -> None:
             cell.metadata.pop("execution", None)
         nb.metadata["language_info"] = {"name": "python"}
         nb.metadata.pop("widgets", None)
-        write(notebook, nbformat.writes(nb) + "\n")
-        print(f"{notebook.name}: stored, {time.time() - begin:.0f} s", flush=True)
+        with replacing(notebook) as part:
+            nbformat.write(nb, part)
+        _say(f"{notebook.name}: stored, {time.time() - begin:.0f} s")
 
 
 def _describe(profile: str, parameters: dict) -> dict:
@@ -300,8 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
         for option in ("notebooks",) if args.refresh else ("out", "publish") if args.publish else ("out",):
             _check_writable(f"--{option}", getattr(args, option))
         recording = _read(parameters)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        parser.error(str(error))
+    except (ValueError, FileNotFoundError, ImportError) as error:  # of what is given: no usage, which names all options
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     if args.refresh:
         _refresh(chosen, args.timeout)
         return 0
@@ -327,13 +356,10 @@ def _report(
         from epiutils.data.exports import write_results
 
         results = [str(path.relative_to(args.out)) for path in write_results(recording, args.out / RECORDING)]
-        write(args.out / RECORDING / "report.json", json.dumps({"notes": recording.notes, "results": results}))
-    flat = {
-        name: value
-        for choice in parameters.values()
-        for name, value in choice.items()
-        if name != "profile" and value != {}
-    }
+        with replacing(args.out / RECORDING / "report.json") as part:
+            part.write_text(json.dumps({"notes": recording.notes, "results": results}), "utf-8")
+    flat = {name: value for choice in parameters.values() for name, value in choice.items()}
+    flat = {name: value for name, value in flat.items() if name != "profile" and value != {}}
     meta, failure, interrupted, notebook = _describe(args.profile, flat), None, False, None
     try:
         if args.profile == "full":
@@ -345,12 +371,12 @@ def _report(
             if ran and ran.metadata.get("epiutils", {}).get("stamp") == _stamp(notebook, parameters[notebook]):
                 print(f"{notebook.stem}: unchanged", flush=True)
                 continue
-            print(f"{notebook.stem} ({number} of {len(parameters)}) ...", flush=True)
-            begin = time.time()
-            failure = _execute(notebook, parameters[notebook], args.out, args.timeout)
+            begin, text = time.time(), f"{notebook.stem} ({number} of {len(parameters)})"
+            print(f"{text} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
+            failure = _execute(notebook, parameters[notebook], args.out, args.timeout, text)
             if failure:
                 break
-            print(f"{notebook.stem}: done, {time.time() - begin:.0f} s", flush=True)
+            _say(f"{notebook.stem}: done, {time.time() - begin:.0f} s")
     except KeyboardInterrupt:
         interrupted = True
     stopped = ""
@@ -358,12 +384,9 @@ def _report(
         stopped = f"{notebook.stem if notebook else 'The report'} {'was interrupted' if interrupted else 'failed'}."
     build(notebooks, args.out, meta, bool(stopped or args.only), stopped, None if stopped else args.publish)
     if args.out == LATEST:
-        write(args.out.parent / "index.html", _TO_LATEST)
-    print(
-        *[f"{stopped} What was done is kept; go on with --resume."] if stopped else [],
-        args.out / "index.html",
-        flush=True,
-    )
+        with replacing(args.out.parent / "index.html") as part:
+            part.write_text(_TO_LATEST, "utf-8")
+    _say(f"{stopped} What was done is kept; go on with --resume. " * bool(stopped) + str(args.out / "index.html"))
     return 130 if interrupted else 1 if failure else 0
 
 
