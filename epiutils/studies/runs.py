@@ -32,7 +32,6 @@ from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint
 from epiutils.networks.loop import train
 from epiutils.networks.predict import device_name, predict
 from epiutils.networks.training import maps_loss, pose_loss, train_pose
-from epiutils.studies import rivals
 from epiutils.studies.fitting import FusedNetwork, ViewPairs, train_pairs, train_together
 from epiutils.studies.predicted import (
     CHECKPOINTS,
@@ -45,6 +44,7 @@ from epiutils.studies.predicted import (
     training_pictures,
     triangulated,
 )
+from epiutils.studies.rivals import RIVALS
 from epiutils.studies.stored import load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,15 +79,9 @@ PAIRED = {
 }
 # Methods that train on all views of an instant together: the module
 TOGETHER: dict[str, Callable[[], nn.Module]] = {
-    "alone": rivals.Alone,
+    **RIVALS,
     "repaired_frozen": RepairedFusion,
     "repaired_one": lambda: WithNext(RepairedFusion()),  # of one source
-    "line_sum": partial(rivals.Line, "sum"),
-    "line_mean": partial(rivals.Line, "mean"),
-    "line_max": partial(rivals.Line, "max"),
-    "weighted_max": rivals.WeightedMax,
-    "attention": rivals.Attention,
-    "dense": rivals.Dense,
     # the repairs, one after the other …
     "repair_start": partial(RepairedFusion, normalise=False, multiply=False, confidence=False),
     "repair_loss": partial(RepairedFusion, normalise=False, multiply=False, confidence=False),
