@@ -34,14 +34,14 @@ from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil, redirect
 from epiutils.space import poses
 from epiutils.studies import evidence
-from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, fusion_loss
+from epiutils.studies.fitting import PAIRS, FusedNetwork, ViewPairs
 from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once, peaks, training_pictures
 from epiutils.studies.runs import TOGETHER, TRAINING, WithNext
 from epiutils.triangulate import triangulate_robust
 
 NETWORKS = {"slim": SLIM, "W32": {"width": 32}}
 RIVALS = ("alone", "line_sum", "line_mean", "line_max", "weighted_max", "attention", "dense", "repaired_frozen")
-MODULES = {name: TOGETHER[name][0] for name in RIVALS} | {"original_frozen": lambda: WithNext(OriginalFusion())}
+MODULES = {name: TOGETHER[name] for name in RIVALS} | {"original_frozen": lambda: WithNext(OriginalFusion())}
 PARTS = ("iteration", "modules", "space")
 
 
@@ -51,6 +51,11 @@ def load(batch: int) -> dict[str, torch.Tensor]:
     data = MultiView(torch.utils.data.Subset(Benchmark("test").prepare(only=chosen), chosen))
     scenes = torch.utils.data.default_collate(list(data))
     return {key: value.to("cuda" if torch.cuda.is_available() else "cpu") for key, value in scenes.items()}
+
+
+def fusion_loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """HRNet's loss of what a module makes of pairs."""
+    return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
 
 
 LOOP_ROWS = 2  # of one heatmap, that the original's nested loops really visit
@@ -72,7 +77,7 @@ def iteration(batch: int) -> dict[str, dict[str, float]]:
     The original's nested loops are extrapolated from `LOOP_ROWS` rows of one heatmap, and forward only; the parts
     that both ways have are measured once.
     """
-    pairs, pictures = HeatmapPairs(heatmaps_once("original", "train", TRAINING)), training_pictures("train", TRAINING)
+    pairs, pictures = ViewPairs(heatmaps_once("original", "train", TRAINING)), training_pictures(TRAINING)
     samples, shot = (default_collate([data[len(PAIRS) * k] for k in range(batch)]) for data in (pairs, pictures))
     images, truth = normalise(torch.cat([shot["source"], shot["reference"]])), (samples["target"], samples["weight"])
     cameras = [view.camera for view in Benchmark("train")[0]]

@@ -9,8 +9,8 @@ from epiutils.fusion import OriginalFusion
 from epiutils.networks.hrnet import load_checkpoint
 from epiutils.networks.predict import predict
 from epiutils.studies import readings
-from epiutils.studies.fitting import PAIRS, FusedNetwork, HeatmapPairs, PicturePairs, train_pairs
-from epiutils.studies.predicted import CHECKPOINTS, found_by
+from epiutils.studies.fitting import PAIRS, FusedNetwork, ViewPairs, train_pairs
+from epiutils.studies.predicted import CHECKPOINTS, found_by, training_pictures
 from epiutils.studies.runs import WithNext
 
 SCENES = range(0, 6, 3)
@@ -29,9 +29,8 @@ def test_free_reading_takes_the_steps_of_the_plain_loop(lesson):
     torch.manual_seed(1)
     fusion = OriginalFusion()
     model = FusedNetwork(load_checkpoint(CHECKPOINTS["original"]), fusion).train()
-    pictures = PicturePairs(MultiView(torch.utils.data.Subset(Benchmark("train"), SCENES)))
-    rows = train_pairs(model, pictures, 2, seed=1)
-    np.testing.assert_allclose(run.losses[:2], [row["loss"] for row in rows], rtol=2e-4)
+    losses = train_pairs(model, training_pictures(slice(0, 6, 3)), 2, seed=1)["losses"]
+    np.testing.assert_allclose(run.losses[:2], losses, rtol=2e-4)
     # Adam's first steps are the signs of the gradients: where one is nearly zero, rounding decides
     np.testing.assert_allclose(run.fusion.weight.detach(), model.fusion.weight.detach(), atol=2e-5)
 
@@ -41,15 +40,14 @@ def test_frozen_reading_is_that_of_stored_heatmaps(lesson):
     run = readings._Run("frozen", 2, lesson, readings._seen(network, lesson.images))
     for _ in range(4):
         run.step()
-    scenes = torch.utils.data.Subset(Benchmark("train"), SCENES)
+    predicted = predict(network, MultiView(torch.utils.data.Subset(Benchmark("train"), SCENES)))
     torch.manual_seed(2)
     module = OriginalFusion()
-    train_pairs(module, HeatmapPairs(predict(network, MultiView(scenes))), 4, seed=2)
+    train_pairs(module, ViewPairs(predicted), 4, seed=2)
     np.testing.assert_allclose(run.fusion.weight.detach(), module.weight.detach(), atol=2e-6)
 
     test = readings._Filmed("train", SCENES, FOLLOWING, "cpu")
     fused, alone = (f.reshape(-1, 4, 17) for f in run.found(test))
-    predicted = predict(network, MultiView(scenes))
     np.testing.assert_array_equal(alone, found_by(None, predicted))
     np.testing.assert_array_equal(fused, found_by(WithNext(run.fusion), predicted))
     few = [f.reshape(-1, 4, 17) for f in run.found(test.every(2))]  # of the first instant
@@ -80,11 +78,9 @@ def test_what_heals_holds_the_backbone_back(lesson, name, backbone):
 
 
 def test_seeds_that_were_stopped_at_other_moments_stand_each_where_it_was_measured(tmp_path, monkeypatch):
-    rng, runs = (
-        np.random.default_rng(0),
-        {("free", 0): (0, 10, 60, 90), ("free", 1): (0, 10, 50), ("alone", 0): (0, 10, 60)},
-    )
-    for (name, seed), marks in runs.items():
+    rng, runs = np.random.default_rng(0), {}
+    marks_of = {("free", 0): (0, 10, 60, 90), ("free", 1): (0, 10, 50), ("alone", 0): (0, 10, 60)}
+    for (name, seed), marks in marks_of.items():
         fused, weights = rng.random(len(marks)), rng.random((len(marks), 9))
         measured = {"iterations": list(marks), "fused": fused, "unfused": fused / 2, "weights": weights}
         readings._store(tmp_path / f"{name}-{seed}", measured, np.ones((8, 3)), np.zeros((8, 3)))
@@ -99,8 +95,7 @@ def test_seeds_that_were_stopped_at_other_moments_stand_each_where_it_was_measur
         seeds = [runs["free", seed][mark] for seed in (0, 1) if mark in runs["free", seed]]
         then = readings.at(stored, "free", mark)
         assert then["fused_by_seed"] == pytest.approx(seeds) and then["seeds"] == len(seeds)
-        assert then["fused"] == pytest.approx(np.mean(seeds)) and then["control"] == pytest.approx(
-            runs["alone", 0][mark]
-        )
+        assert then["fused"] == pytest.approx(np.mean(seeds))
+        assert then["control"] == pytest.approx(runs["alone", 0][mark])
     with pytest.raises(ValueError, match="70"):
         readings.at(stored, "free", 70)

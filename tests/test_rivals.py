@@ -10,18 +10,18 @@ from rigs import random_maps, rig
 from scipy.ndimage import map_coordinates
 
 from epiutils.heatmaps import hit_loss, render
-from epiutils.studies.rivals import Alone, Attention, Dense, Line, WeightedMax, _along
+from epiutils.studies.rivals import RIVALS, _along
 
 SHAPE, JOINTS = (8, 11), 3
-MAKE = {
-    "sum": lambda: Line("sum"),
-    "mean": lambda: Line("mean"),
-    "max": lambda: Line("max"),
-    "weighted": WeightedMax,
-    "attention": lambda: Attention(JOINTS, samples=6, width=2),
-    "dense": lambda: Dense(SHAPE),
-}
-PARAMETERS = {"sum": 2, "mean": 2, "max": 2, "weighted": 43, "attention": 22, "dense": 1 + 12 * 88**2}
+SETTINGS = {"attention": {"joints": JOINTS, "samples": 6, "width": 2}, "dense": {"shape": SHAPE}}
+PARAMETERS = {
+    "alone": 1, "line_sum": 2, "line_mean": 2, "line_max": 2, "weighted_max": 43, "attention": 22, "dense": 1 + 12 * 88**2
+}  # fmt: skip
+FUSING = [*RIVALS][1:]
+
+
+def new(name):
+    return RIVALS[name](**SETTINGS.get(name, {}))
 
 
 def maps(seed, batch=2, views=4):
@@ -30,7 +30,7 @@ def maps(seed, batch=2, views=4):
 
 def trained(name, seed=0):
     """The rival with parameters of no particular kind, in float64."""
-    module, draw = MAKE[name]().double(), torch.Generator().manual_seed(seed)
+    module, draw = new(name).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
@@ -48,17 +48,15 @@ def literal_lines(collect, h, F, threshold):
     out = np.zeros((views, views, joints, height, width))
     for s, r in itertools.permutations(range(views), 2):
         for y_ref, x_ref in np.ndindex(height, width):
-            band = [
-                h[s, :, y, x] for y, x in np.ndindex(height, width) if in_band(F[s, r], x, y, x_ref, y_ref, threshold)
-            ]
-            if band:
+            at = [(y, x) for y, x in np.ndindex(height, width) if in_band(F[s, r], x, y, x_ref, y_ref, threshold)]
+            if band := [h[s, :, y, x] for y, x in at]:
                 out[s, r, :, y_ref, x_ref] = {"sum": np.sum, "mean": np.mean, "max": np.max}[collect](band, 0)
     return out
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", FUSING)
 def test_each_begins_at_the_reference_views_and_can_leave_them(name):
-    module, h, F = MAKE[name](), maps(1).float(), rig(1, batch=2, shape=SHAPE)
+    module, h, F = new(name), maps(1).float(), rig(1, batch=2, shape=SHAPE)
     fused = module.all_views(h, F)
     torch.testing.assert_close(fused, h, atol=0, rtol=0)
     (fused * random_maps(*h.shape, seed=2).float()).sum().backward()
@@ -69,7 +67,7 @@ def test_each_begins_at_the_reference_views_and_can_leave_them(name):
 @pytest.mark.parametrize("collect", ["sum", "mean", "max"])
 @pytest.mark.parametrize("seed", range(2))
 def test_lines_are_collected_as_a_loop_over_the_pixels_does(seed, collect):
-    module, h, F = trained(collect, seed), maps(seed, 1), rig(seed, shape=SHAPE)
+    module, h, F = trained(f"line_{collect}", seed), maps(seed, 1), rig(seed, shape=SHAPE)
     with torch.no_grad():
         fused = module.all_views(h, F)[0].numpy()
     lines = literal_lines(collect, h[0].numpy(), F[0].numpy(), module.threshold)
@@ -77,7 +75,7 @@ def test_lines_are_collected_as_a_loop_over_the_pixels_does(seed, collect):
 
 
 def test_the_weighted_maximum_weighs_each_view_by_what_it_and_the_others_see():
-    module, h, F = trained("weighted", 1), maps(4, 1), rig(4, shape=SHAPE)
+    module, h, F = trained("weighted_max", 1), maps(4, 1), rig(4, shape=SHAPE)
     with torch.no_grad():
         fused = module.all_views(h, F)[0].numpy()
     lines = literal_lines("max", h[0].numpy(), F[0].numpy(), module.threshold)
@@ -86,17 +84,13 @@ def test_the_weighted_maximum_weighs_each_view_by_what_it_and_the_others_see():
         values = h[0, v, j].numpy()
         p = np.exp(10 * values) / np.exp(10 * values).sum()
         y, x = np.unravel_index(values.argmax(), SHAPE)
-        seen = [
-            values.max(),
-            -(p * np.log(np.maximum(p, 1e-12))).sum() / math.log(p.size),
-            lines[:, v, j, y, x].sum() / 3,
-        ]
+        entropy = -(p * np.log(np.maximum(p, 1e-12))).sum() / math.log(p.size)
+        seen = [values.max(), entropy, lines[:, v, j, y, x].sum() / 3]
         trust[v, j] = module.trust(torch.tensor(np.array(seen))).exp().item()
     for r in range(4):
         said = sum(trust[s][:, None, None] * lines[s, r] for s in range(4) if s != r)
-        np.testing.assert_allclose(
-            fused[r], trust[r][:, None, None] * h[0, r].numpy() + module.gain.item() * said, atol=1e-8
-        )
+        expected = trust[r][:, None, None] * h[0, r].numpy() + module.gain.item() * said
+        np.testing.assert_allclose(fused[r], expected, atol=1e-8)
 
 
 def test_attention_mixes_samples_of_the_epipolar_line():
@@ -119,9 +113,7 @@ def test_attention_mixes_samples_of_the_epipolar_line():
                 continue  # the line misses the map
             ends = np.array(sorted(inside))[[0, -1]]
             at = ends[0] + np.linspace(0, 1, module.samples)[:, None] * (ends[1] - ends[0])
-            v = np.stack(
-                [map_coordinates(h[0, s, j].numpy(), at.T[::-1], order=1, mode="nearest") for j in range(JOINTS)], -1
-            )
+            v = np.stack([map_coordinates(map_, at.T[::-1], order=1, mode="nearest") for map_ in h[0, s].numpy()], -1)
             score = (Q @ h[0, r, :, y, x].numpy()) @ (v @ K.T).T / math.sqrt(len(Q))
             a_k = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
             expected += W @ (a_k @ v)
@@ -148,29 +140,21 @@ def test_samples_lie_on_the_line_and_reach_from_border_to_border(seed):
 
 def test_the_dense_matrices_are_one_for_each_ordered_pair():
     module, h, F = trained("dense", 3), maps(3), rig(3, batch=2, shape=SHAPE)
-    with torch.no_grad():
-        fused = module.all_views(h, F)
+    expected = h.clone()
     for k, (s, r) in enumerate(itertools.permutations(range(4), 2)):
-        alone = torch.zeros_like(h)
-        alone[:, s] = h[:, s]
-        with torch.no_grad():
-            lit = module.all_views(alone, F)[:, r]
-        torch.testing.assert_close(lit, (h[:, s].flatten(-2) @ module.matrices[k]).view_as(lit))
-    only = Dense(SHAPE).double()
-    torch.testing.assert_close(only.all_views(h, F), h)
-    assert not torch.allclose(fused, h)
+        expected[:, r] += (h[:, s].flatten(-2) @ module.matrices[k].detach()).view_as(h[:, r])
+    torch.testing.assert_close(module.all_views(h, F).detach(), expected)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", FUSING)
 def test_each_learns(name):
     torch.manual_seed(0)
     F = rig(6, batch=2, shape=SHAPE)
     target = render(torch.rand(2, 4, JOINTS, 2) * torch.tensor([10.0, 7.0]), SHAPE, sigma=1.0)
     h = target + 0.5 * torch.rand_like(target)
-    module, weight = MAKE[name](), torch.ones(2, 4, JOINTS)
-    alone = Alone()
-    with torch.no_grad():
-        first = hit_loss(alone.sharpness * alone.all_views(h, F), target, weight).item()
+    module, weight, alone = new(name), torch.ones(2, 4, JOINTS), new("alone")
+    assert torch.equal(alone.all_views(h, F), h)
+    first = hit_loss(alone.sharpness * h, target, weight).item()
     module.log_sharpness.requires_grad_(False)  # or it would be that which is learned
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.02)
     for _ in range(25):
@@ -179,3 +163,8 @@ def test_each_learns(name):
         value.backward()
         optimizer.step()
     assert value.item() < first - 2e-3
+
+
+def test_a_line_is_collected_in_no_other_way():
+    with pytest.raises(ValueError, match="'sum', 'mean' or 'max', got 'least'"):
+        RIVALS["line_sum"].func("least")

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scenes import JOINTS, made_up
+from scenes import JOINTS, made_up, repaired
 
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
 from epiutils.metrics import found
 from epiutils.studies import runs, search
-from epiutils.studies.fitting import HeatmapPairs, train_pairs
+from epiutils.studies.fitting import ViewPairs, train_pairs
 from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext
 from epiutils.studies.stored import load_arrays, save_arrays
@@ -18,15 +18,11 @@ from epiutils.studies.stored import load_arrays, save_arrays
 SHAPE = (60, 80)
 
 
-def test_perfect_heatmaps_are_found_and_triangulated():
-    scored = runs._evaluate(None, made_up(shape=SHAPE))
-    assert scored["found"].shape == (3, 4, JOINTS) and scored["dlt_mm"].shape == (3, JOINTS)
-    assert np.nanmin(scored["found"]) == 1
-    assert max(scored["dlt_mm"].max(), scored["robust_mm"].max()) < 1
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_a_lost_view_costs_plain_triangulation_more_than_the_robust_one(seed):
+    scored = runs._evaluate(None, made_up(seed, shape=SHAPE))  # perfect heatmaps
+    assert scored["found"].shape == (3, 4, JOINTS) and np.nanmin(scored["found"]) == 1
+    assert max(scored["dlt_mm"].max(), scored["robust_mm"].max()) < 1
     predicted = made_up(seed, shape=SHAPE, lost=0.15)
     scored = runs._evaluate(None, predicted)
     literal = np.stack([found(o, t) for o, t in zip(predicted.output, predicted.target, strict=True)])
@@ -36,19 +32,16 @@ def test_a_lost_view_costs_plain_triangulation_more_than_the_robust_one(seed):
 
 
 def test_the_maps_of_modules_that_give_logarithms_become_probabilities_first():
-    predicted = made_up(1, shape=SHAPE)
-    module = RepairedFusion()
-    with torch.no_grad():
-        module.gain.fill_(0.7)
-    scored = runs._evaluate(module, predicted)
-    assert np.nanmin(scored["found"]) == 1
-    assert scored["dlt_mm"].max() < 30 and scored["robust_mm"].max() < 30
+    predicted, module = made_up(1, shape=SHAPE), repaired(0.7)
     fused = module.all_views(predicted.output, predicted.F).detach()
     p = torch.softmax(module.sharpness.detach() * fused.flatten(-2), -1).view_as(fused)
-    np.testing.assert_allclose(
-        runs._evaluate(None, replace(predicted, output=p))["dlt_mm"], scored["dlt_mm"], atol=1e-3
+    scored, of_p, of_fused = (
+        runs._evaluate(*given)
+        for given in ((module, predicted), *((None, replace(predicted, output=maps)) for maps in (p, fused)))
     )
-    assert np.abs(runs._evaluate(None, replace(predicted, output=fused))["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
+    assert np.nanmin(scored["found"]) == 1 and max(scored[f"{way}_mm"].max() for way in ("dlt", "robust")) < 30
+    np.testing.assert_allclose(of_p["dlt_mm"], scored["dlt_mm"], atol=1e-3)
+    assert np.abs(of_fused["dlt_mm"] - scored["dlt_mm"]).max() > 0.1
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -64,34 +57,25 @@ def test_each_view_is_fused_with_the_next_camera(views):
             torch.testing.assert_close(fused[:, r], original(maps[:, s], maps[:, r], F[:, s, r]))
 
 
-def test_the_same_seed_trains_the_same_module():
-    heatmaps = made_up(4, shape=SHAPE, lost=0.3)
-    modules = [runs._train_frozen("repaired_frozen", heatmaps, seed, steps=3)[0] for seed in (0, 0, 1)]
-    first, again, other = ([p.detach() for p in module.parameters()] for module in modules)
-    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
-    assert not any(map(torch.equal, first, RepairedFusion().parameters()))
-
-
 def test_the_originals_experiments_are_made_where_they_are_not_stored(monkeypatch):
     lesson, test = (made_up(seed, shape=(64, 64), twice=0.5) for seed in (5, 6))
     training = {"weights": np.eye(3, dtype=np.float32) / 50, "losses": np.ones(4), "path": np.zeros((4, 2, 9))}
     asked = []
-    monkeypatch.setattr(runs, "open_split", lambda split, dataset: range(3))
     monkeypatch.setattr(runs, "heatmaps_once", lambda point, split, *_: {"train": lesson, "test": test}[split])
     monkeypatch.setattr(runs, "freed", lambda *given: asked.append(given) or (test, dict(training)))
     made = runs.originals("original", "a folder", 3, 3, 1.5, 2, 4, 4, 2)
     assert asked == [("original", 3, 4, 1e-3, 1.5, 4, 3, "a folder")]
-    for method, (module, batch) in {
-        "original_frozen": (OriginalFusion(1.5), 4),
-        "original_frozen_sigmoid": (OriginalFusion(1.5, sigmoid=True), 4),
-        "second_attempt": (SimpleFusion(1.5), 8),
+    for method, (make, batch) in {
+        "original_frozen": (OriginalFusion, 4),
+        "original_frozen_sigmoid": (OriginalFusion, 4),
+        "second_attempt": (SimpleFusion, 8),
     }.items():
         assert made[method]["found"].shape == (2, 3, 4, JOINTS) and made[method]["path"].shape == (2, 2, 2, 9)
         for seed in range(2):
             torch.manual_seed(seed)
-            module = type(module)(1.5, method.endswith("sigmoid"))
-            rows = train_pairs(module, HeatmapPairs(lesson), 2, batch, seed=seed)
-            np.testing.assert_array_equal(made[method]["losses"][seed], [row["loss"] for row in rows])
+            module = make(1.5, method.endswith("sigmoid"))
+            losses = train_pairs(module, ViewPairs(lesson), 2, batch, seed=seed)["losses"]
+            np.testing.assert_array_equal(made[method]["losses"][seed], losses)
             np.testing.assert_array_equal(made[method]["weights"][seed], next(module.parameters()).detach().flatten())
             np.testing.assert_array_equal(made[method]["found"][seed], found_by(WithNext(module), test))
     free = OriginalFusion(1.5, initial=torch.eye(3) / 50)
@@ -129,12 +113,8 @@ def quick(monkeypatch, tmp_path):
 
 
 def test_what_is_stored_is_small_and_comes_back(tmp_path):
-    given = {
-        "a/found": [1.0, 0.0, np.nan],
-        "a/dlt_mm": np.array([12.5, np.nan, np.inf]),
-        "a/seconds": 0.1,
-        "meta": {"n": 3},
-    }
+    given = {"a/found": [1.0, 0.0, np.nan], "a/dlt_mm": np.array([12.5, np.nan, np.inf]), "a/seconds": 0.1}
+    given |= {"meta": {"n": 3}}
     save_arrays(tmp_path / "runs" / "x.npz", given)
     with np.load(tmp_path / "runs" / "x.npz", allow_pickle=False) as file:
         assert file["a/found"].tolist() == [1, 0, 2] and file["a/found"].dtype == np.uint8
@@ -147,17 +127,20 @@ def test_what_is_stored_is_small_and_comes_back(tmp_path):
     np.testing.assert_equal(load_arrays(tmp_path / "again.npz"), back)
 
 
-def test_runs_are_packed_and_read_back_as_they_were(quick):
+def test_runs_are_packed_and_read_back_as_they_were(quick, tmp_path):
     asked, main, run = quick
     assert main("--seeds", "2") == 0
     assert asked == [("original", "hrnet", 0), ("original", "alone", 0), ("original", "alone", 1)]
     stored = runs.load("original")
     assert stored.keys() == {"hrnet", "alone", "meta"} and stored["meta"]["seeds"] == 2
     assert {"command", "device", "torch"} < stored["meta"].keys()
-    for method, seeds in (("hrnet", 1), ("alone", 2)):
-        for seed in range(seeds):
-            for key, value in run("original", method, seed).items():
-                np.testing.assert_array_equal(stored[method][key][seed], np.asarray(value))
+    for _, method, seed in list(asked):
+        for key, value in run("original", method, seed).items():
+            np.testing.assert_array_equal(stored[method][key][seed], np.asarray(value))
+    (tmp_path / "results" / "original.npz").unlink()
+    (tmp_path / "runs" / "original-alone-1.npz").unlink()
+    runs._pack("original", tmp_path / "runs", 2)  # a method is packed once all its seeds are there
+    assert runs.load("original").keys() == {"hrnet", "meta"}
 
 
 def test_what_is_done_is_not_done_again_and_a_stop_loses_one_run(quick, monkeypatch, tmp_path):
@@ -177,15 +160,6 @@ def test_what_is_done_is_not_done_again_and_a_stop_loses_one_run(quick, monkeypa
     main("--seeds", "3")
     assert asked == [("original", "alone", 1), ("original", "alone", 2)]
     assert len(runs.load("original")["alone"]["found"]) == 3
-
-
-def test_a_method_is_packed_once_all_its_seeds_are_there(quick, tmp_path):
-    _, main, _ = quick
-    main("--seeds", "2")
-    (tmp_path / "results" / "original.npz").unlink()
-    (tmp_path / "runs" / "original-alone-1.npz").unlink()
-    runs._pack("original", tmp_path / "runs", 2)
-    assert runs.load("original").keys() == {"hrnet", "meta"}
 
 
 def test_packing_keeps_what_is_stored_of_others_and_more_seeds_than_there_are(quick, tmp_path):
@@ -210,8 +184,8 @@ def test_without_stored_runs_it_says_which_file_is_missing(monkeypatch, tmp_path
 def test_a_stored_module_is_the_one_that_was_trained(monkeypatch):
     module, predicted = RepairedFusion(), made_up(3, shape=SHAPE, lost=0.3)
     with torch.no_grad():
-        for k, parameter in enumerate(module.parameters()):
-            parameter += 0.1 * (k + 1)
+        for k, parameter in enumerate(module.parameters(), 1):
+            parameter += 0.1 * k
     weights = torch.cat([p.detach().flatten() for p in module.parameters()]).numpy()
     monkeypatch.setattr(runs, "load", lambda point: {"repaired_frozen": {"weights": weights[None]}})
     again = runs.repaired("best").all_views(predicted.output, predicted.F)
@@ -225,13 +199,16 @@ def test_what_is_stored_is_every_method_by_all_seeds(point):
         if seeds := len(runs._seeds(point, method, runs.SEEDS)):
             key, shape = ("alone", (12,)) if method == "quality" else ("found", (420, 4, 17))
             assert stored[method][key].shape == (seeds, *shape), method
+    eleven = runs.load(point, 11)
+    assert eleven.keys() == {"hrnet", "hrnet_flip", "robust_reprojected", *runs._ON_ELEVEN, "meta"}
+    assert eleven["repaired_frozen"]["found"].shape == (5, 140, 4, 17)
 
 
 def test_the_search_tries_each_rate_and_the_best_of_them_for_longer(tmp_path, monkeypatch):
     """A module that finds the more the nearer log10 of its rate is to −1.2, and a little more when it is trained longer."""
     tried = []
 
-    def pretended(module, loss, heatmaps, seed, steps, lr):
+    def pretended(make, heatmaps, seed, steps, lr):
         tried.append((lr, steps))
         return (lr, steps), []
 

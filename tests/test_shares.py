@@ -7,17 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rigs import look_at, world_points
+from rigs import LENS, look_at, world_points
 from scenes import WEIGHTS, made_up
 
 from epiutils.data.views import HEATMAP_FROM_INPUT
-from epiutils.epipolar import point_line_distance
+from epiutils.epipolar import fundamental_from_cameras, point_line_distance
 from epiutils.fusion import OriginalFusion, SimpleFusion
-from epiutils.heatmaps import joints_mse
-from epiutils.networks.loop import train
+from epiutils.heatmaps import hit_loss, joints_mse
 from epiutils.studies import shares
-from epiutils.studies.causes import NormalEquations, Pairs, all_pairs, initial_weights, with_next
-from epiutils.studies.fitting import HeatmapPairs, fusion_loss
+from epiutils.studies.causes import NormalEquations, Pairs, initial_weights
+from epiutils.studies.fitting import ViewPairs, train_pairs
 from epiutils.studies.predicted import found_by
 from epiutils.studies.runs import WithNext
 
@@ -42,9 +41,6 @@ def test_a_share_is_the_mean_over_all_orders_of_what_a_removal_adds(n):
     given = shares.shapley(values)
     np.testing.assert_allclose(given, expected)
     np.testing.assert_allclose(given.sum(0), values[-1] - values[0])
-
-
-def test_a_number_of_sets_that_no_causes_have_is_refused():
     with pytest.raises(ValueError, match="2ⁿ sets, got 6"):
         shares.shapley(np.zeros(6))
 
@@ -68,37 +64,53 @@ def rigged():
     return both, (cameras, cameras)
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("points", [False, True])
-def test_f_of_points_is_placed_in_the_crops_or_not(rigged, points):
+def test_f_of_points_is_placed_in_the_crops_or_not(rigged, points, forgotten):
     (seen, _), (cameras, _) = rigged
     X, (height, width) = seen.joints_3d[0].numpy(), seen.output.shape[-2:]
-    for forgotten in (False, True):
-        if not points and not forgotten:
-            assert shares._fundamentals(seen, cameras, False, False) is seen.F
-            continue
-        F = shares._fundamentals(seen, cameras, points, forgotten)
-        assert F.shape == seen.F.shape
-        for s, r in ((0, 1), (3, 2)):
-            x = []
-            for v in (s, r):
-                pixels = np.c_[cameras[v].project(X), np.ones(len(X))]
-                placed = HEATMAP_FROM_INPUT @ seen.K[1, v].numpy() @ np.linalg.inv(cameras[v].K)
-                scaled = np.diag([width / cameras[v].size[0], height / cameras[v].size[1], 1])
-                x.append(torch.from_numpy((pixels @ (scaled if forgotten else placed).T)[:, :2]))
-            off = point_line_distance(F[1, s, r], *x).median()
-            assert (0 < off < 0.3) if points else off < 1e-6
+    F = shares._fundamentals(seen, [replace(c, distortion=LENS) for c in cameras], points, forgotten)
+    assert F.shape == seen.F.shape and (points or forgotten or F is seen.F)
+    for s, r in ((0, 1), (3, 2)) if points or forgotten else ():
+        x = []
+        for v in (s, r):  # of the pictures without distortion
+            pixels = np.c_[cameras[v].project(X), np.ones(len(X))]
+            placed = HEATMAP_FROM_INPUT @ seen.K[1, v].numpy() @ np.linalg.inv(cameras[v].K)
+            scaled = np.diag([width / cameras[v].size[0], height / cameras[v].size[1], 1])
+            x.append(torch.from_numpy((pixels @ (scaled if forgotten else placed).T)[:, :2]))
+        off = point_line_distance(F[1, s, r], *x).median()
+        assert (0 < off < 0.3) if points else off < 1e-6
+
+
+def test_the_epipole_is_inside_where_the_source_camera_is_in_the_picture():
+    reference = look_at((0, -4, 1), (0, 0, 1))
+    for x, z in ((0, 1), (1.9, 1), (2.3, 1), (0, 2.4), (0, 2.7), (-1, 0.2), (-2.3, 1)):
+        source = look_at((x, 1, z), (0, 0, 1))
+        at = reference.project(source.C)
+        inside = bool((at > -0.5).all() and (at < np.array(reference.size) - 0.5).all())
+        F = torch.from_numpy(fundamental_from_cameras(source, reference))
+        assert shares._epipole_inside(F[None], reference.size[::-1]).tolist() == [inside]
+    sideways = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)  # the epipole at infinity
+    assert not shares._epipole_inside(sideways, (7, 9))
+
+
+@pytest.fixture(scope="module")
+def wrong(rigged):
+    """As the original may have had it: F from points, and without the crops."""
+    maps, rigs = rigged
+    return [replace(seen, F=shares._fundamentals(seen, rig, True, True)) for seen, rig in zip(maps, rigs, strict=True)]
 
 
 def of_sets(rigged, *causes):
     (lesson, test), cameras = rigged
-    return shares.every_set(lesson, test, cameras, 2, (2, 5), causes)
+    return shares._every_set(lesson, test, cameras, 2, (2, 5), causes)
 
 
-def trained_on_heatmaps(lesson, seed, steps, start, lr):
-    module = SimpleFusion(1.0, initial=start[seed].reshape(3, 3))
-    train(module, fusion_loss, HeatmapPairs(lesson), steps=steps, batch=8, lr=lr, weight_decay=0, schedule="constant",
-          seed=seed, progress=False)  # fmt: skip
-    return module
+def trained_on_heatmaps(lesson, seed, steps, start=None, lr=1e-3, **settings):
+    start = initial_weights(range(2)) if start is None else start
+    module = SimpleFusion(1.0, initial=start[seed].reshape(3, 3), **settings)
+    train_pairs(module, ViewPairs(lesson), steps, lr=lr, seed=seed)
+    return WithNext(module)
 
 
 @pytest.mark.parametrize(
@@ -108,33 +120,31 @@ def test_a_set_is_the_module_trained_without_those_causes(rigged, removed):
     (lesson, test), (cameras, _) = rigged
     F = [shares._fundamentals(maps, cameras, "points" not in removed, "crop" not in removed) for maps in (lesson, test)]
     lesson, test = (replace(maps, F=of) for maps, of in zip((lesson, test), F, strict=True))
-    start = torch.zeros(2, 9) if "start" in removed else initial_weights(range(2))
+    start = torch.zeros(2, 9) if "start" in removed else None
     settings = (5 if "steps" in removed else 2), start, (1e-2 if "rate" in removed else 1e-3)
     given = of_sets(rigged, *removed)[-1]
     for seed in range(2):
         module = trained_on_heatmaps(lesson, seed, *settings)
-        np.testing.assert_array_equal(given[seed], found_by(WithNext(module), test))
+        np.testing.assert_array_equal(given[seed], found_by(module, test))
     if removed == ():
         assert 0 < np.nanmean(given) < 1 and (np.nan_to_num(given[0]) != np.nan_to_num(given[1])).any()
 
 
-def test_weights_of_each_joint_are_those_that_it_alone_would_learn(rigged):
-    (lesson, test), (cameras, _) = rigged
-    lesson, test = (replace(maps, F=shares._fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
+def test_weights_of_each_joint_are_those_that_it_alone_would_learn(rigged, wrong):
     given = of_sets(rigged, "shared")[1]
     for j in (0, 3):
-        of_joint = {key: getattr(lesson, key)[:, :, [j]] for key in ("output", "target", "weight")}
-        module = trained_on_heatmaps(replace(lesson, **of_joint), 1, 2, initial_weights(range(2)), 1e-3)
-        right = found_by(WithNext(module), replace(test, output=test.output[:, :, [j]], target=test.target[:, :, [j]]))
+        lesson, test = (
+            replace(seen, **{key: getattr(seen, key)[:, :, [j]] for key in ("output", "target", "weight")})
+            for seen in wrong
+        )
+        right = found_by(trained_on_heatmaps(lesson, 1, 2), test)
         np.testing.assert_array_equal(given[1, ..., [j]], np.moveaxis(right, -1, 0))
 
 
-def test_low_and_even_bands_are_a_mean_along_the_line(rigged):
-    (lesson, test), (cameras, _) = rigged
-    lesson, test = (replace(maps, F=shares._fundamentals(maps, cameras, True, True)) for maps in (lesson, test))
-    mean = NormalEquations.of(Pairs(lesson, all_pairs(range(2))), per_band=1.0)
+def test_low_and_even_bands_are_a_mean_along_the_line(rigged, wrong):
+    mean = NormalEquations.of(Pairs.all_of(wrong[0]), per_band=1.0)
     weights = mean.train(initial_weights(range(2)), range(2), 2)[:, -1]
-    right = Pairs(test, with_next(range(2))).score(weights, per_band=1.0)
+    right = Pairs.with_next(wrong[1]).score(weights, per_band=1.0)
     given = of_sets(rigged, "bands", "steps", "height")
     assert np.mean(given[0b101] != right, where=~np.isnan(right)) < 0.01  # but for rounding
     assert all(np.mean(given[k] != right, where=~np.isnan(right)) > 0.01 for k in (0b000, 0b001))
@@ -145,9 +155,7 @@ def test_the_first_step_sums_the_ridges_of_all_sources(rigged):
     ridge = SimpleFusion(1.0, initial=WEIGHTS / 30).requires_grad_(False)
     literal = lesson.output.clone()
     for n, (s, r) in itertools.product(range(2), itertools.permutations(range(4), 2)):
-        literal[n, r] += ridge(lesson.output[n, s, None], torch.zeros(1, *lesson.output.shape[2:]), lesson.F[n, s, r])[
-            0
-        ]
+        literal[n, r] += ridge(lesson.output[n, s, None], 0 * lesson.output[n, r, None], lesson.F[n, s, r])[0]
     (right,) = shares._with_all_sources(lesson, WEIGHTS.reshape(1, 9) / 30)
     np.testing.assert_array_equal(right, found_by(None, replace(lesson, output=literal)))
     equations = shares._of_all_sources(lesson)
@@ -163,25 +171,40 @@ def test_each_change_of_the_first_step_is_made(rigged):
     (lesson, test), _ = rigged
     sets = shares._first_step(lesson, test, 1, (3, 5))
     assert sets.shape == (32, 1, 2, 4, test.output.shape[2])
-    module = SimpleFusion(1.0, initial=initial_weights([0])[0].reshape(3, 3))
-    train(module, fusion_loss, HeatmapPairs(lesson), steps=3, batch=8, lr=1e-3, weight_decay=0, schedule="constant",
-          seed=0, progress=False)  # fmt: skip
-    np.testing.assert_array_equal(sets[0, 0], found_by(WithNext(module), test))
+    np.testing.assert_array_equal(sets[0, 0], found_by(trained_on_heatmaps(lesson, 0, 3), test))
 
 
-def test_one_cause_alone_is_changed_in_the_module_that_failed(rigged):
+def by_place(module, batch, done):
+    fused = module(batch["source"], batch["reference"], batch["F"])
+    return hit_loss(10 * fused, batch["target"], batch["weight"])
+
+
+@pytest.mark.parametrize("what", ["sigmoid", "place"])
+def test_what_is_no_parabola_is_trained_on_the_heatmaps_once(wrong, monkeypatch, what):
+    (lesson, _), start = wrong, initial_weights(range(2)) / 20
+    weights = shares._on_heatmaps(what, lesson, start, 3)
+    for seed, of_seed in enumerate(weights):
+        initial = start[seed].reshape(3, 3)
+        module = OriginalFusion(1.0, what == "sigmoid", shape=lesson.output.shape[-2:], initial=initial)
+        train_pairs(module, ViewPairs(lesson), 3, seed=seed, loss=by_place if what == "place" else None)
+        torch.testing.assert_close(of_seed, module.weight.detach().flatten(), rtol=1e-4, atol=1e-6)
+    assert (weights - start).abs().amax() > 1e-3 and not torch.equal(weights[0], weights[1])
+    monkeypatch.setattr(SimpleFusion, "forward", lambda *_: pytest.fail("made anew"))
+    assert torch.equal(shares._on_heatmaps(what, lesson, start, 3), weights)
+    with pytest.raises(pytest.fail.Exception):
+        shares._on_heatmaps(what, replace(lesson, F=lesson.F.mT), start, 3)
+
+
+def test_what_is_changed_alone_is_changed_in_the_module_that_failed(rigged, wrong):
     (lesson, test), cameras = rigged
-    given = shares.alone(lesson, test, cameras, seeds=1, iterations=3)
-    wrong = [replace(maps, F=shares._fundamentals(maps, cameras[0], True, True)) for maps in (lesson, test)]
-    module = OriginalFusion(
-        1.0, sigmoid=True, shape=test.output.shape[-2:], initial=initial_weights([0])[0].reshape(3, 3)
-    )
-    train(module, fusion_loss, HeatmapPairs(wrong[0]), steps=3, batch=8, lr=1e-3, weight_decay=0, schedule="constant",
-          seed=0, progress=False)  # fmt: skip
-    np.testing.assert_array_equal(given["sigmoid"][0], found_by(WithNext(module), wrong[1]))
+    given = shares.causes_removed(lesson, test, cameras, 1, (3, 4), ())
+    assert given.pop("sets").shape == (1, 1, 2, 4, test.output.shape[2])
+    assert given.keys() == {"sigmoid", "epipole", "loss", "threshold", "sources"}
     assert all(found.shape == (1, 2, 4, test.output.shape[2]) for found in given.values())
-    perfect = [replace(maps, output=maps.target) for maps in wrong]
-    weights = torch.zeros(9)
+    for name, threshold in (("sigmoid", 1.0), ("threshold", 3.0)):
+        initial = initial_weights([0])[0].reshape(3, 3)
+        module = OriginalFusion(threshold, name == "sigmoid", shape=test.output.shape[-2:], initial=initial)
+        train_pairs(module, ViewPairs(wrong[0]), 3, seed=0)
+        np.testing.assert_array_equal(given[name][0], found_by(WithNext(module), wrong[1]))
     source = shares._perfect_sources(wrong[1])
-    assert torch.equal(source.output[:, 4:], perfect[1].output) and torch.equal(source.F[:, 4, 1], wrong[1].F[:, 0, 1])
-    assert Pairs(source, np.array([[(0, 5, 0)]])).score(weights[None]).shape[-1] == test.output.shape[2]
+    assert torch.equal(source.output[:, 4:], wrong[1].target) and torch.equal(source.F[:, 4, 1], wrong[1].F[:, 0, 1])

@@ -10,7 +10,7 @@ training on heatmaps gives.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,41 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epiutils.cameras import Camera
 from epiutils.data.views import Predicted
-from epiutils.epipolar import epipolar_lines, epipoles, find_fundamental, fundamental_from_cameras, transfer
-from epiutils.fusion import SimpleFusion
+from epiutils.epipolar import epipolar_lines
 from epiutils.heatmaps import decode, hrnet_distances
 from epiutils.metrics import found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
-from epiutils.studies.fitting import PAIRS, HeatmapPairs, train_pairs
-from epiutils.studies.predicted import fingerprint, kept
-
-# Which pairs of views
-
-
-def each_pair(scenes: Sequence[int]) -> np.ndarray:
-    """One pair (scene, source, reference) of every scene, the next of the twelve `PAIRS` each time: (N, 1, 3)."""
-    return np.array([[(n, *PAIRS[k % len(PAIRS)])] for k, n in enumerate(scenes)])
-
-
-def with_next(scenes: Sequence[int]) -> np.ndarray:
-    """Each view of every scene with the next camera as its source, as `runs.WithNext`: (N, 4, 3)."""
-    return np.array([[(n, (r + 1) % 4, r) for r in range(4)] for n in scenes])
-
-
-def all_pairs(scenes: Sequence[int]) -> np.ndarray:
-    """All pairs of every scene, in the order of `experiments.HeatmapPairs`: (N, 12, 3)."""
-    return np.array([[(n, *pair) for pair in PAIRS] for n in scenes])
+from epiutils.studies.fitting import PAIRS
+from epiutils.studies.predicted import kept
 
 
 class Pairs:
     """Chosen pairs of views: their ridges, and quick scores of fusing them.
 
-    chosen: (N, K, 3), K pairs (scene, source, reference) of each of N scenes.  F: (4, 4, 3, 3) for all scenes, in the
-    place of each scene's own.  maps: "output", the network's heatmaps, or "target", perfect ones.
-    The scores of kernels are `kept` in the cache.
+    chosen: (N, K, 3), K pairs (scene, source, reference) of each of N scenes; or by `all_of`, `with_next`, `one_each`,
+    of those scenes, or of all.  F: (4, 4, 3, 3) for all scenes, in the place of each scene's own.  maps: "output", the
+    network's heatmaps, or "target", perfect ones.  The scores of kernels are `kept` in the cache.
     """
 
     def __init__(self, predicted: Predicted, chosen: np.ndarray, F: Tensor | None = None, maps: str = "output"):
@@ -62,6 +43,22 @@ class Pairs:
         self.shape = tuple(predicted.output.shape[-2:])
         self._pencils: dict[float, list[Pencil]] = {}
         self._ridges: dict[tuple, Tensor] = {}
+
+    @classmethod
+    def all_of(cls, predicted: Predicted, scenes: Sequence[int] | None = None, **settings) -> Pairs:
+        """All pairs of every scene, in the order of `fitting.ViewPairs`: K = 12."""
+        return cls(predicted, [[(n, *pair) for pair in PAIRS] for n in _scenes(predicted, scenes)], **settings)
+
+    @classmethod
+    def with_next(cls, predicted: Predicted, scenes: Sequence[int] | None = None, **settings) -> Pairs:
+        """Each view of every scene with the next camera as its source, as `runs.WithNext`: K = 4."""
+        return cls(predicted, [[(n, (r + 1) % 4, r) for r in range(4)] for n in _scenes(predicted, scenes)], **settings)
+
+    @classmethod
+    def one_each(cls, predicted: Predicted, scenes: Sequence[int] | None = None, **settings) -> Pairs:
+        """One pair of every scene, the next of the twelve `PAIRS` each time: K = 1."""
+        chosen = [[(n, *PAIRS[k % len(PAIRS)])] for k, n in enumerate(_scenes(predicted, scenes))]
+        return cls(predicted, chosen, **settings)
 
     def __len__(self) -> int:
         return len(self.F)
@@ -76,12 +73,12 @@ class Pairs:
         n, _, r = self._index
         return getattr(self.predicted, key)[n, r]
 
-    @cached_property
-    def known(self) -> bytes:
-        """What stands for these pairs where results of theirs are `kept`."""
+    @property
+    def known(self) -> list:
+        """All that decides what comes of these pairs, where it is `kept`."""
         scenes = np.unique(self.chosen[..., 0])
         seen = self.predicted if len(scenes) == len(self.predicted) else self.predicted[scenes]
-        return fingerprint([self.chosen, self.F, self.maps, getattr(seen, self.maps), seen.target, seen.weight])
+        return [self.chosen, self.F, self.maps, getattr(seen, self.maps), seen.target, seen.weight]
 
     @cached_property
     def source(self) -> Tensor:
@@ -123,6 +120,34 @@ class Pairs:
             self._ridges[threshold, collect] = ridges
         return self._ridges[threshold, collect]
 
+    def columns(self, threshold: float = 1.0, per_band: float | None = None) -> Iterator[Tensor]:
+        """A of each pair in turn, (J, 9, H·W): what each of the nine weights, at 1 and alone, throws across the reference.
+
+        per_band: see `NormalEquations.of`.  `pencils` are used where they are kept.
+        """
+        maps, (height, width), shown = getattr(self.predicted, self.maps), self.shape, None
+        new = (Pencil.from_fundamental(F, self.shape, threshold) for F in self.F)
+        for (n, s, _), pencil in zip(self._index.T.tolist(), self._pencils.get(threshold, new), strict=True):
+            if shown != (n, s):
+                shown, padded = (n, s), nn.functional.pad(maps[n, s], (1, 1, 1, 1))
+                shifts = [padded[..., u : u + height, v : v + width] for u, v in np.ndindex(3, 3)]
+                shifts = torch.stack(shifts, -3)  # (J, 9, H, W)
+            A = pencil.sum(shifts)
+            yield (A if per_band is None else A * per_band / pencil.count[0].clamp_min(1)).flatten(-2)
+
+    def shape_of_ridges(self, threshold: float, collect: str = "sum") -> tuple[float, float]:
+        """How high ridges are over the reference's peak, and their unevenness along the line: medians over the joints.
+
+        The unevenness, (largest − smallest) / mean, is of every seventh pair, along the line of the source's peak.
+        """
+        ridges, uneven = self.ridges(threshold, collect).float(), []
+        height = (ridges.amax((-2, -1)) / self.reference.amax((-2, -1))).nanmedian()
+        for k in range(0, len(self), 7):
+            lines = epipolar_lines(self.F[k], decode(self.source[k], "argmax")[0].double())
+            walks = [along_line(ridge, line)[1] for ridge, line in zip(ridges[k], lines, strict=True)]
+            uneven += [np.ptp(walk) / np.mean(walk) for walk in walks if len(walk) > 20]
+        return float(height), float(np.median(uneven))
+
     def fused(
         self, gain: float, threshold: float = 1.0, collect: str = "sum", sigmoid: bool = False, which=slice(None)
     ) -> Tensor:
@@ -160,20 +185,17 @@ class Pairs:
         return kept("found", depends, make)["found"].double().numpy()  # of 1, 0 and nan
 
     def _score(self, weights: Tensor, threshold: float, per_band: float | None, sigmoid: bool) -> np.ndarray:
-        output, target = getattr(self.predicted, self.maps), self.predicted.target
-        joints = output.shape[2]
-        kernels = weights.reshape(len(weights), -1, 9).expand(-1, joints, 9).transpose(0, 1)  # (J, S, 9)
-        right = np.empty((len(weights), len(self), joints))
-        for k, ((n, s, r), pencil) in enumerate(zip(self._index.T, self.pencils(threshold), strict=True)):
-            A = _ridge(pencil, nine_shifts(output[n, s]), per_band).flatten(-2)  # (J, 9, H·W)
+        output, target, right = getattr(self.predicted, self.maps), self.predicted.target, []
+        kernels = weights.reshape(len(weights), -1, 9).expand(-1, output.shape[2], 9).transpose(0, 1)  # (J, S, 9)
+        self.pencils(threshold)  # the next kernels find them
+        for (n, _, r), A in zip(self._index.T, self.columns(threshold, per_band), strict=True):
             fused = (output[n, r].flatten(-2)[:, None] + kernels @ A).unflatten(-1, self.shape)  # (J, S, H, W)
-            right[:, k] = found(fused.sigmoid() if sigmoid else fused, target[n, r][:, None].expand_as(fused)).T
-        return right.reshape(-1, *self.chosen.shape[:2], joints)
+            right.append(found(fused.sigmoid() if sigmoid else fused, target[n, r][:, None].expand_as(fused)).T)
+        return np.stack(right, 1).reshape(len(weights), *self.chosen.shape[:2], -1)
 
 
-def _ridge(pencil: Pencil, weighed: Tensor, per_band: float | None) -> Tensor:
-    ridge = pencil.sum(weighed)
-    return ridge if per_band is None else ridge * per_band / pencil.count[0].clamp_min(1)
+def _scenes(predicted: Predicted, scenes: Sequence[int] | None) -> Sequence[int]:
+    return range(len(predicted)) if scenes is None else scenes
 
 
 # The loss as a parabola
@@ -199,25 +221,22 @@ class NormalEquations:
         per_band: what a band counts for, however many pixels it holds, by default as many as it holds: with 1 the
         ridge is a mean along the line, with the usual number of pixels its height stays and only its unevenness goes.
         """
-        depends = [NormalEquations, Pencil, pairs.known, threshold, per_band]
-        return cls(**kept("equations", depends, lambda: cls._of(pairs, threshold, per_band)))
-
-    @staticmethod
-    @torch.no_grad()
-    def _of(pairs: Pairs, threshold: float, per_band: float | None) -> dict[str, Tensor]:
         maps, target, weight = (getattr(pairs.predicted, key) for key in (pairs.maps, "target", "weight"))
-        products = torch.empty(len(pairs), maps.shape[2], 10, 10, dtype=torch.float64)
-        shown, shifts = None, None
-        for k, ((n, s, r), F) in enumerate(zip(pairs._index.T.tolist(), pairs.F, strict=True)):
-            if shown != (n, s):
-                shown, shifts = (n, s), nine_shifts(maps[n, s])
-            pencil = Pencil.from_fundamental(F, pairs.shape, threshold)
-            A = _ridge(pencil, shifts, per_band).flatten(-2)  # (J, 9, H·W)
-            e = (target[n, r] - maps[n, r]).flatten(-2)[:, None]  # (J, 1, H·W)
-            rows = weight[n, r, :, None, None] * torch.cat([A, e], 1)  # (J, 10, H·W)
-            products[k] = (rows @ rows.mT) / rows.shape[-1]
-        gram, moment, constant = products[..., :9, :9], products[..., 9, :9], products[..., 9, 9]
-        return {"gram": gram.contiguous(), "moment": moment.contiguous(), "constant": constant.contiguous()}
+        seen = ((target[n, r] - maps[n, r], weight[n, r]) for n, _, r in pairs.chosen.reshape(-1, 3))
+        make = lambda: vars(cls.of_columns(pairs.columns(threshold, per_band), seen))
+        return cls(**kept("equations", [NormalEquations, Pencil, pairs.known, threshold, per_band], make))
+
+    @classmethod
+    @torch.no_grad()
+    def of_columns(cls, columns: Iterable[Tensor], seen: Iterable[tuple[Tensor, Tensor]]) -> NormalEquations:
+        """Those of each A (J, 9, H·W) with its e (J, H, W) and v (J,), one after the other."""
+        products = []
+        for A, (e, weight) in zip(columns, seen, strict=True):
+            rows = weight[:, None, None] * torch.cat([A, e.flatten(-2)[:, None]], 1)  # (J, 10, H·W)
+            products.append(((rows @ rows.mT) / rows.shape[-1]).double())
+        products = torch.stack(products)
+        parts = products[..., :9, :9], products[..., 9, :9], products[..., 9, 9]
+        return cls(*(part.contiguous() for part in parts))
 
     def scaled(self, factor: float) -> NormalEquations:
         """Those of ridges that are `factor` times as high."""
@@ -267,37 +286,10 @@ class NormalEquations:
         return torch.stack(path, 1)
 
 
-def nine_shifts(maps: Tensor) -> Tensor:
-    """What each of the nine weights, at 1 and alone, makes of heatmaps, row by row: (J, H, W) → (J, 9, H, W)."""
-    height, width = maps.shape[-2:]
-    padded = nn.functional.pad(maps, (1, 1, 1, 1))
-    return torch.stack([padded[..., u : u + height, v : v + width] for u in range(3) for v in range(3)], -3)
-
-
 def initial_weights(seeds: Sequence[int]) -> Tensor:
     """The weights that `OriginalFusion` begins with after `torch.manual_seed` of each seed: (S, 9)."""
     drawn = [torch.empty(3, 3).uniform_(-1 / 3, 1 / 3, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(drawn).flatten(1)
-
-
-def behind_sigmoid(predicted: Predicted, initial: Tensor, threshold: float = 1.0, steps: int = 50) -> Tensor:
-    """The nine weights after training behind the sigmoid, which no parabola gives: (S, 9), `kept` in the cache.
-
-    initial: (S, 9), those that seed 0, 1, … begins with; it orders the pairs.  On the maps of all pairs of views.
-    """
-
-    def make() -> dict[str, Tensor]:
-        modules = [SimpleFusion(threshold, sigmoid=True, initial=weights.reshape(3, 3)) for weights in initial]
-        for seed, module in enumerate(modules):
-            train_pairs(module, HeatmapPairs(predicted), steps, seed=seed)
-        return {"weights": torch.stack([module.conv.weight.detach().flatten() for module in modules])}
-
-    seen = [getattr(predicted, name) for name in ("output", "target", "weight", "F")]
-    depends = [SimpleFusion, Pencil, train_pairs, batches, seen, initial, threshold, steps]
-    return kept("sigmoid", depends, make)["weights"]
-
-
-# Lines, bands, epipoles
 
 
 def along_line(values: Tensor, line: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -320,53 +312,3 @@ def along_line(values: Tensor, line: Tensor) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty(0)
     far = np.hypot(x - x[inside][0], y - y[inside][0])[inside]
     return far, np.asarray(values)[row[inside], column[inside]]
-
-
-def _unevenness(profile: np.ndarray) -> float:
-    """By how much a profile varies: (largest − smallest) / mean."""
-    return float(np.ptp(profile) / np.mean(profile))
-
-
-def shape_of_ridges(pairs: Pairs, threshold: float, collect: str = "sum") -> tuple[float, float]:
-    """How high ridges are over the reference's peak, and their unevenness along the line: medians over the joints.
-
-    The unevenness is of every seventh pair, along the line of the source's peak.
-    """
-    ridges, walks = pairs.ridges(threshold, collect).float(), []
-    height = (ridges.amax((-2, -1)) / pairs.reference.amax((-2, -1))).nanmedian()
-    for k in range(0, len(pairs), 7):
-        lines = epipolar_lines(pairs.F[k], decode(pairs.source[k], "argmax")[0].double())
-        walks += [along_line(ridge, line)[1] for ridge, line in zip(ridges[k], lines, strict=True)]
-    return float(height), float(np.median([_unevenness(walk) for walk in walks if len(walk) > 20]))
-
-
-def epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """Whether the epipole lies in the reference heatmap (H, W): F (..., 3, 3) → (...) bool."""
-    e = epipoles(F)[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x, y = np.asarray(e[..., 0] / e[..., 2]), np.asarray(e[..., 1] / e[..., 2])
-    return (x > -0.5) & (x < shape[1] - 0.5) & (y > -0.5) & (y < shape[0] - 0.5)
-
-
-def between_pictures(cameras: Sequence[Camera], joints: np.ndarray | None = None) -> np.ndarray:
-    """F between whole pictures, whose distortion is taken away: (V, V, 3, 3), F[s, r] from view s to view r.
-
-    From calibration; or, with joints (..., 3) in metres, by OpenCV's least median of squares from their whole pixels,
-    as its tutorial does it.
-    """
-    cameras = [camera.without_distortion() for camera in cameras]
-    F = np.zeros((len(cameras), len(cameras), 3, 3))
-    for s, r in itertools.permutations(range(len(cameras)), 2):
-        if joints is None:
-            F[s, r] = fundamental_from_cameras(cameras[s], cameras[r])
-        else:
-            F[s, r] = find_fundamental(*(np.rint(cameras[v].project(joints.reshape(-1, 3))) for v in (s, r)), "lmeds")[
-                0
-            ]
-    return F
-
-
-def forgetting_crop(cameras: Sequence[Camera], shape: tuple[int, int], joints: np.ndarray | None = None) -> Tensor:
-    """F between heatmaps as if they showed the whole pictures, not crops: (V, V, 3, 3); see `between_pictures`."""
-    scales = np.stack([np.diag([shape[1] / c.size[0], shape[0] / c.size[1], 1.0]) for c in cameras])
-    return torch.from_numpy(transfer(between_pictures(cameras, joints), scales[:, None], scales[None]))

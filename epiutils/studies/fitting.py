@@ -14,31 +14,31 @@ from epiutils.data.views import Predicted
 from epiutils.heatmaps import hit_loss, joints_mse
 from epiutils.networks.hrnet import normalise
 from epiutils.networks.loop import train
-from epiutils.networks.training import maps_loss
 
 PAIRS = tuple(itertools.permutations(range(4), 2))  # (source, reference) of four views
 
 
-class HeatmapPairs(torch.utils.data.Dataset):
+class ViewPairs(torch.utils.data.Dataset):
     """All ordered pairs of views: source, reference, target, weight and F of each.
 
-    Sample 12 n + k is pair `PAIRS[k]` of scene n.
+    Sample 12 n + k is pair `PAIRS[k]` of instant n.  data: a `Predicted`, whose heatmaps are source and reference; or a
+    `MultiView` without augmentation, whose pictures (H, W, 3) uint8 are, for a backbone that trains.
     """
 
-    def __init__(self, predicted: Predicted):
-        self.predicted = predicted
+    def __init__(self, data: Predicted | MultiView):
+        self.data = _Instants(data) if isinstance(data, Predicted) else data
 
     def __len__(self) -> int:
-        return len(PAIRS) * len(self.predicted)
+        return len(PAIRS) * len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene, (s, r) = index // len(PAIRS), PAIRS[index % len(PAIRS)]
-        seen = self.predicted
-        maps = {"source": seen.output[scene, s], "reference": seen.output[scene, r], "F": seen.F[scene, s, r]}
-        return maps | {"target": seen.target[scene, r], "weight": seen.weight[scene, r]}
+        seen, (s, r) = self.data[index // len(PAIRS)], PAIRS[index % len(PAIRS)]
+        shown = seen["heatmaps" if "heatmaps" in seen else "image"]
+        pair = {"source": shown[s], "reference": shown[r], "F": seen["F"][s, r]}
+        return pair | {"target": seen["target"][r], "weight": seen["weight"][r]}
 
 
-class HeatmapScenes(torch.utils.data.Dataset):
+class _Instants(torch.utils.data.Dataset):
     """All views of an instant together: heatmaps, target, weight and F of each instant."""
 
     def __init__(self, predicted: Predicted):
@@ -51,24 +51,6 @@ class HeatmapScenes(torch.utils.data.Dataset):
         seen = self.predicted
         maps = {"heatmaps": seen.output[index], "F": seen.F[index]}
         return maps | {"target": seen.target[index], "weight": seen.weight[index]}
-
-
-class PicturePairs(torch.utils.data.Dataset):
-    """The same pairs as pictures: source and reference (H, W, 3) uint8, for a backbone that trains."""
-
-    def __init__(self, data: MultiView):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(PAIRS) * len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.sample(index, 0)
-
-    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        sample, (s, r) = self.data.sample(index // len(PAIRS), epoch), PAIRS[index % len(PAIRS)]
-        pictures = {"source": sample["image"][s], "reference": sample["image"][r]}
-        return pictures | {"target": sample["target"][r], "weight": sample["weight"][r], "F": sample["F"][s, r]}
 
 
 class FusedNetwork(nn.Module):
@@ -99,46 +81,57 @@ class FusedNetwork(nn.Module):
         return maps, self.fusion.all_views(maps, F)
 
 
-def fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
-    """HRNet's loss of the fused heatmaps, for `training.train`; the module takes heatmaps, or pictures."""
-    return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
-
-
 def train_pairs(
     module: nn.Module,
-    data: torch.utils.data.Dataset,
+    data: ViewPairs,
     steps: int = 50,
     batch: int = 8,
     lr: float = 1e-3,
-    loss: Callable = fusion_loss,
+    loss: Callable | None = None,
     **settings,
-) -> list[dict]:
-    """Train on pairs of views as the original did: AdamW without decay, at one learning rate, on `fusion_loss`.
+) -> dict[str, np.ndarray]:
+    """Train on pairs of views as the original did: AdamW without decay, at one learning rate, on HRNet's loss.
 
-    data: `HeatmapPairs`, or `PicturePairs` for a `FusedNetwork`.  loss, settings: of `networks.loop.train`.
-    Returns the rows of `steps.csv`, with those of `_watch`.
+    data: of pictures for a `FusedNetwork`.  loss: instead of HRNet's; loss, settings: of `networks.loop.train`.
+    Returns `losses` (steps,) and the nine weights with their gradients before each step, `path` (steps, 2, 9).
     """
     settings = {"weight_decay": 0, "schedule": "constant", "log": _watch, "progress": False} | settings
-    return train(module, loss, data, steps=steps, batch=batch, lr=lr, **settings)[1]
+    return _followed(train(module, loss or _fusion_loss, data, steps=steps, batch=batch, lr=lr, **settings)[1])
 
 
-def views_loss(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
-    """Of all views fused with each other: how improbable the right places are, `heatmaps.hit_loss`, for `train`.
+def train_together(
+    make: Callable[[], nn.Module],
+    heatmaps: Predicted,
+    seed: int = 0,
+    steps: int = 100,
+    lr: float = 5e-2,
+    squares: bool = False,
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """A module that `make()` gives, trained on all views of four instants a step, each fused with the others.
 
-    module: has `all_views` and `sharpness`, as `RepairedFusion`, and a batch of `HeatmapScenes`.
+    module: has `all_views` and `sharpness`, as `RepairedFusion`.  The loss is how improbable the right places are,
+    `heatmaps.hit_loss`; with squares, HRNet's.  seed: of the new module too.  lr: AdamW's highest.
+    Returns the module and what `train_pairs` returns, but for an empty path.
     """
-    fused = module.all_views(batch["heatmaps"], batch["F"])
-    return hit_loss(module.sharpness * fused, batch["target"], batch["weight"])
+
+    def loss(module: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+        fused, truth = module.all_views(batch["heatmaps"], batch["F"]), (batch["target"], batch["weight"])
+        return joints_mse(fused, *truth) if squares else hit_loss(module.sharpness * fused, *truth)
+
+    torch.manual_seed(seed)
+    module = make()
+    settings = {"steps": steps, "batch": 4, "lr": lr, "weight_decay": 0, "seed": seed, "progress": False}
+    rows = train(module, loss, _Instants(heatmaps), **settings)[1]
+    return module.cpu(), _followed(rows)
 
 
-def free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
-    """`views_loss` through the backbone, and HRNet's own losses on its unfused heatmaps beside it; of `MultiView`."""
-    maps, fused = model.all_views(batch["image"], batch["F"])
-    return hit_loss(model.fusion.sharpness * fused, batch["target"], batch["weight"]) + maps_loss(maps, batch, 0.5)
+def _fusion_loss(module: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+    """HRNet's loss of the fused heatmaps; the module takes heatmaps, or pictures."""
+    return joints_mse(module(batch["source"], batch["reference"], batch["F"]), batch["target"], batch["weight"])
 
 
 def _watch(module: nn.Module) -> dict[str, float]:
-    """The nine weights w0 … w8 and their gradients g0 … g8, row by row, as columns for `training.train`.
+    """The nine weights w0 … w8 and their gradients g0 … g8, row by row, as columns for `networks.loop.train`.
 
     module: an `OriginalFusion` or a `SimpleFusion`, or a `FusedNetwork` of one, after a backward pass.
     """
@@ -147,10 +140,7 @@ def _watch(module: nn.Module) -> dict[str, float]:
     return columns | {f"g{k}": v for k, v in enumerate(weight.grad.flatten().tolist())}
 
 
-def followed(rows: list[dict]) -> dict[str, np.ndarray]:
-    """`losses` (steps,) and the nine weights with their gradients, `path` (steps, 2, 9), of the rows of `steps.csv`.
-
-    The path of a training without `_watch` is empty.
-    """
+def _followed(rows: list[dict]) -> dict[str, np.ndarray]:
+    """What `train_pairs` returns of the rows of `steps.csv`; the path of a training without `_watch` is empty."""
     path = [[row[f"{kind}{k}"] for k in range(9)] for row in rows if "w0" in row for kind in "wg"]
     return {"losses": np.array([row["loss"] for row in rows]), "path": np.float32(path).reshape(-1, 2, 9)}

@@ -35,7 +35,7 @@ from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
 from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil
-from epiutils.studies.fitting import FusedNetwork, PicturePairs, followed, train_pairs
+from epiutils.studies.fitting import FusedNetwork, ViewPairs, train_pairs
 from epiutils.triangulate import project, triangulate, triangulate_robust
 
 CHECKPOINTS = {
@@ -44,11 +44,20 @@ CHECKPOINTS = {
 }
 
 
-def open_split(split: str, dataset: str = "") -> Sequence:
+def _open_split(split: str, dataset: str = "") -> Sequence:
     """Subject 1 ("train") or 9 ("test"), as the original had them: of the benchmark, or of Human3.6M in that folder."""
     if not dataset:
         return Benchmark(split)
     return Human36M(dataset, split, subjects={"train": (1,), "test": (9,)}[split])
+
+
+def training_pictures(scenes: int | slice = slice(None), dataset: str = "") -> ViewPairs:
+    """Pairs of pictures of subject 1, of the benchmark or of Human3.6M in that folder, without augmentation."""
+    data = _open_split("train", dataset)
+    chosen = choose(data, scenes)
+    if isinstance(data, Benchmark):
+        data.prepare(progress=False, only=chosen)
+    return ViewPairs(MultiView(torch.utils.data.Subset(data, chosen)))
 
 
 def choose(scenes: Sequence, wanted: int | slice = slice(None)) -> range:
@@ -66,7 +75,7 @@ def kept(name: str, depends: Sequence, make: Callable[[], dict]) -> dict:
     The file is <name>-<hash of depends>.pt in `data.dataset.CACHE`, or the folder that EPIUTILS_CACHE names; a checksum
     of its contents ends it, and where that does not fit, what it holds is made anew, and said.
     """
-    key = fingerprint([torch.__version__, *depends])
+    key = _fingerprint([torch.__version__, *depends])
     path = Path(os.environ.get("EPIUTILS_CACHE", CACHE)) / f"{name}-{key.hex()[:12]}.pt"
     if path.is_file():
         contents = path.read_bytes()
@@ -87,7 +96,7 @@ def kept(name: str, depends: Sequence, make: Callable[[], dict]) -> dict:
 _SHA = hashlib.sha256().digest_size
 
 
-def fingerprint(value) -> bytes:
+def _fingerprint(value) -> bytes:
     """The SHA-256 of a value's kind and of what it holds, for `kept`; it stands for the value there."""
     kind, parts = type(value).__name__, []
     if isinstance(value, FunctionType | type):
@@ -101,11 +110,11 @@ def fingerprint(value) -> bytes:
             raise TypeError(f"what a kept result depends on must be plain, got an array of objects {array.shape}")
         parts, kind = [repr(array.shape).encode(), array.dtype.str.encode(), array.data], "array"
     elif is_dataclass(value):
-        parts = [fingerprint([field.name, getattr(value, field.name)]) for field in fields(value)]
+        parts = [_fingerprint([field.name, getattr(value, field.name)]) for field in fields(value)]
     elif isinstance(value, Mapping):
-        parts, kind = [fingerprint(pair) for pair in value.items()], "mapping"
+        parts, kind = [_fingerprint(pair) for pair in value.items()], "mapping"
     elif isinstance(value, list | tuple):
-        parts, kind = [fingerprint(each) for each in value], "sequence"
+        parts, kind = [_fingerprint(each) for each in value], "sequence"
     elif isinstance(value, str | int | float | complex | bytes | range | slice | np.generic | None):
         parts = [repr(value).encode()]
     else:
@@ -124,15 +133,15 @@ def heatmaps_once(
 ) -> Predicted:
     """What the backbone of an operating point sees in a split: `networks.predict`, `kept` in the cache.
 
-    point: "original" (about 46 %) or "best", or the path of a checkpoint.  split, dataset: see `open_split`.
-    scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.  flip: by
+    point: "original" (about 46 %) or "best", or the path of a checkpoint.  split: of the benchmark; of Human3.6M in the
+    folder `dataset`, subject 1 ("train") or 9 ("test"), as the original had them.  scenes: see `choose`.  rig: other cameras than the benchmark's, before which its instants are rendered.  flip: by
     HRNet's flip test.
     The maps are kept in half precision and given in single.  Raises ValueError for a rig and a dataset, and, before the
     work, for a checkpoint of other joints than Human3.6M's.
     """
     if dataset and rig:
         raise ValueError(f"a rig renders the embedded people anew; those of the dataset {dataset} have their cameras")
-    checkpoint, data = Path(CHECKPOINTS.get(point, point)), open_split(split, dataset)
+    checkpoint, data = Path(CHECKPOINTS.get(point, point)), _open_split(split, dataset)
     chosen = choose(data, scenes)
 
     def make() -> dict:
@@ -206,23 +215,20 @@ def freed(
 
     Behind it stand the nine weights of `OriginalFusion`, new, of seed 0; they train together on pairs of pictures of
     subject 1, as the original did.  With lr = 0 nothing moves but the statistics of the batch normalisation.
-    point, scenes, dataset: see `heatmaps_once`.  Returns what it sees, and the `weights` (3, 3) and what was `followed`.
+    point, scenes, dataset: see `heatmaps_once`.  Returns what it sees, and the `weights` (3, 3) in the end beside the
+    `losses` and the `path` of `train_pairs`.
     """
-    checkpoint, data, lessons = (
-        Path(CHECKPOINTS.get(point, point)),
-        *(open_split(s, dataset) for s in ("test", "train")),
-    )
-    chosen = choose(data, scenes)
+    checkpoint, (data, lessons) = CHECKPOINTS.get(point, point), (_open_split(s, dataset) for s in ("test", "train"))
+    checkpoint, chosen = Path(checkpoint), choose(data, scenes)
 
     def make() -> dict:
         torch.manual_seed(0)
         model = FusedNetwork(_backbone(checkpoint, data, chosen[0]), OriginalFusion(threshold)).train()
-        pictures = training_pictures("train", train_scenes, dataset)
-        rows = train_pairs(model, pictures, steps, batch, lr)
+        followed = train_pairs(model, training_pictures(train_scenes, dataset), steps, batch, lr)
         if not dataset:
             data.prepare(progress=False, only=chosen)
         seen = predict(model.network, MultiView(torch.utils.data.Subset(data, chosen)))
-        training = {name: torch.from_numpy(values) for name, values in followed(rows).items()}
+        training = {name: torch.from_numpy(values) for name, values in followed.items()}
         return _halved(seen) | training | {"weights": model.fusion.weight.detach()}
 
     depends = [checkpoint, *_instants(data, chosen), *_instants(lessons, choose(lessons, train_scenes))]
@@ -339,12 +345,3 @@ def _performances(values: np.ndarray, instants: int = 3) -> np.ndarray | list[np
 def _over_seeds(values: np.ndarray) -> np.ndarray:
     """(S, N, V, J) → (N, V, J)."""
     return values.mean(0) if values.ndim == 4 else values
-
-
-def training_pictures(split: str = "train", scenes: int | slice = slice(None), dataset: str = "") -> PicturePairs:
-    """Pairs of pictures of a split, without augmentation as in the original."""
-    data = open_split(split, dataset)
-    chosen = choose(data, scenes)
-    if isinstance(data, Benchmark):
-        data.prepare(progress=False, only=chosen)
-    return PicturePairs(MultiView(torch.utils.data.Subset(data, chosen)))

@@ -35,7 +35,7 @@ from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import batches, loader
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
-from epiutils.studies.causes import NormalEquations, Pairs, all_pairs, initial_weights, with_next
+from epiutils.studies.causes import NormalEquations, Pairs, initial_weights
 from epiutils.studies.fitting import PAIRS
 from epiutils.studies.predicted import CHECKPOINTS, heatmaps_once
 from epiutils.studies.stored import load_arrays, save_arrays
@@ -364,11 +364,11 @@ def _on_parabola(name: str, out: Path, until: int) -> None:
     """`FROZEN_SEEDS` runs of a reading whose loss is a parabola: Adam on the normal equations of each batch."""
     reading, seeds = READINGS[name], range(FROZEN_SEEDS)
     lesson = heatmaps_once(reading.start, "train", progress=False)
-    equations = NormalEquations.of(Pairs(lesson, all_pairs(range(len(lesson)))), 1.0)
+    equations = NormalEquations.of(Pairs.all_of(lesson), 1.0)
     steps = min(until, reading.steps)
     path = equations.train(initial_weights(seeds), seeds, steps, reading.batch)
     seen = heatmaps_once(reading.start, "test", progress=False)
-    few, test = (Pairs(seen, with_next(range(0, len(seen), every))) for every in (4, 1))
+    few, test = (Pairs.with_next(seen, range(0, len(seen), every)) for every in (4, 1))
     marks = [mark for mark in MEASURED if mark < steps] + [steps]
     fused = np.stack([[joint_mean(f) for f in few.score(path[:, mark], 1.0)] for mark in marks], 1)
     for seed, found_fused in zip(seeds, test.score(path[:, -1], 1.0), strict=True):

@@ -2,12 +2,13 @@
 
 Each has `all_views(heatmaps, F)` and `sharpness` as `fusion.RepairedFusion` has them, begins at the reference views
 alone, and trains by the same loss.  They are the published ideas on heatmaps, not the published networks, which fuse
-features of their own backbones.
+features of their own backbones.  `RIVALS` makes them.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from epiutils.heatmaps import probabilities
 from epiutils.redirect import Pencil
 
 
-class Alone(nn.Module):
+class _Alone(nn.Module):
     """No fusion: fused = reference.  One parameter, β, turns heatmaps into probabilities for the loss."""
 
     def __init__(self):
@@ -35,7 +36,7 @@ class Alone(nn.Module):
         return heatmaps
 
 
-class Line(Alone):
+class _Line(_Alone):
     """fused = reference + gain Σ_s (sum, mean or maximum of source s over the band of each pixel's line).
 
     collect: "sum", what the original's nine weights redirect; "mean", the sum over the number of pixels in the band;
@@ -67,7 +68,7 @@ class Line(Alone):
         return ridges.unflatten(0, (len(heatmaps), -1))
 
 
-class WeightedMax(Line):
+class _WeightedMax(_Line):
     """As AdaFuse: fused = λ_r reference + gain Σ_s λ_s (maximum of source s along the line), λ learned.
 
     λ > 0, one for each view and joint, is the exponential of a small network of three numbers: the height of the view's
@@ -92,7 +93,7 @@ class WeightedMax(Line):
         return trust[..., None] * heatmaps + sum_at_references(said)
 
 
-class Attention(Alone):
+class _Attention(_Alone):
     """As the Epipolar Transformer (He et al., CVPR 2020): each pixel attends to samples of its line in each source.
 
     fused = reference + Σ_s Σ_i a_i W v_i,  a = softmax over i of (Q u)·(K v_i) / √d, with u the J heatmap values at the
@@ -123,7 +124,7 @@ class Attention(Alone):
         return heatmaps + sum_at_references(ridges)
 
 
-class Dense(Alone):
+class _Dense(_Alone):
     """As Cross-View Fusion (Qiu et al., ICCV 2019): a learned matrix from all source to all reference pixels.
 
     fused = reference + Σ_s W_sr source, one W of (H · W)² for each ordered pair of cameras, beginning at zero.  It knows
@@ -159,3 +160,14 @@ def _along(lines: Tensor, shape: tuple[int, int], samples: int) -> Tensor:
     at = near[..., None] + (far - near)[..., None] * s
     points = foot[..., None, :] + at[..., None] * direction[..., None, :]
     return points.masked_fill((far < near)[..., None, None], 2.0)
+
+
+RIVALS = {  # by their names among the methods of `studies.runs`
+    "alone": _Alone,
+    "line_sum": partial(_Line, "sum"),
+    "line_mean": partial(_Line, "mean"),
+    "line_max": partial(_Line, "max"),
+    "weighted_max": _WeightedMax,
+    "attention": _Attention,
+    "dense": _Dense,
+}

@@ -26,22 +26,13 @@ from torch import Tensor, nn
 from epiutils.data.dataset import Augmentation, Benchmark, MultiView
 from epiutils.data.views import Predicted
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.heatmaps import joints_mse
+from epiutils.heatmaps import hit_loss
 from epiutils.metrics import joint_mean, mpjpe
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint
 from epiutils.networks.loop import train
 from epiutils.networks.predict import device_name, predict
-from epiutils.networks.training import pose_loss, train_pose
-from epiutils.studies import rivals
-from epiutils.studies.fitting import (
-    FusedNetwork,
-    HeatmapPairs,
-    HeatmapScenes,
-    followed,
-    free_loss,
-    train_pairs,
-    views_loss,
-)
+from epiutils.networks.training import maps_loss, pose_loss, train_pose
+from epiutils.studies.fitting import FusedNetwork, ViewPairs, train_pairs, train_together
 from epiutils.studies.predicted import (
     CHECKPOINTS,
     choose,
@@ -50,10 +41,10 @@ from epiutils.studies.predicted import (
     freed,
     heatmaps_once,
     kept,
-    open_split,
     training_pictures,
     triangulated,
 )
+from epiutils.studies.rivals import RIVALS
 from epiutils.studies.stored import load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,16 +66,8 @@ class WithNext(nn.Module):
         return self.fusion.sharpness
 
     def all_views(self, heatmaps: Tensor, F: Tensor) -> Tensor:
-        views = [
-            self.fusion(heatmaps[:, (r + 1) % heatmaps.shape[1]], heatmaps[:, r], F[:, (r + 1) % heatmaps.shape[1], r])
-            for r in range(heatmaps.shape[1])
-        ]
-        return torch.stack(views, 1)
-
-
-def _views_mse(module: nn.Module, batch: dict[str, Tensor], done: float = 0.0) -> Tensor:
-    """HRNet's loss of all views fused with each other."""
-    return joints_mse(module.all_views(batch["heatmaps"], batch["F"]), batch["target"], batch["weight"])
+        pairs = [((r + 1) % heatmaps.shape[1], r) for r in range(heatmaps.shape[1])]
+        return torch.stack([self.fusion(heatmaps[:, s], heatmaps[:, r], F[:, s, r]) for s, r in pairs], 1)
 
 
 # Methods on frozen heatmaps that train by pairs of views as the original did: the module, iterations and batch
@@ -94,27 +77,22 @@ PAIRED = {
     "original_frozen_2200": (OriginalFusion, 2200, 8),  # the last iteration that the original showed
     "second_attempt": (SimpleFusion, 50, 16),
 }
-# Methods that train on all views of an instant together: the module, and its loss
-TOGETHER: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
-    "alone": (rivals.Alone, views_loss),
-    "repaired_frozen": (RepairedFusion, views_loss),
-    "repaired_one": (lambda: WithNext(RepairedFusion()), views_loss),  # of one source
-    "line_sum": (lambda: rivals.Line("sum"), views_loss),
-    "line_mean": (lambda: rivals.Line("mean"), views_loss),
-    "line_max": (lambda: rivals.Line("max"), views_loss),
-    "weighted_max": (rivals.WeightedMax, views_loss),
-    "attention": (rivals.Attention, views_loss),
-    "dense": (rivals.Dense, views_loss),
+# Methods that train on all views of an instant together: the module
+TOGETHER: dict[str, Callable[[], nn.Module]] = {
+    **RIVALS,
+    "repaired_frozen": RepairedFusion,
+    "repaired_one": lambda: WithNext(RepairedFusion()),  # of one source
     # the repairs, one after the other …
-    "repair_start": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), _views_mse),
-    "repair_loss": (lambda: RepairedFusion(normalise=False, multiply=False, confidence=False), views_loss),
-    "repair_normalise": (lambda: RepairedFusion(multiply=False, confidence=False), views_loss),
-    "repair_multiply": (lambda: RepairedFusion(confidence=False), views_loss),
+    "repair_start": partial(RepairedFusion, normalise=False, multiply=False, confidence=False),
+    "repair_loss": partial(RepairedFusion, normalise=False, multiply=False, confidence=False),
+    "repair_normalise": partial(RepairedFusion, multiply=False, confidence=False),
+    "repair_multiply": partial(RepairedFusion, confidence=False),
     # … and all but one of them
-    "without_loss": (RepairedFusion, _views_mse),
-    "without_normalise": (lambda: RepairedFusion(normalise=False), views_loss),
-    "without_multiply": (lambda: RepairedFusion(multiply=False), views_loss),
+    "without_loss": RepairedFusion,
+    "without_normalise": partial(RepairedFusion, normalise=False),
+    "without_multiply": partial(RepairedFusion, multiply=False),
 }
+_ON_SQUARES = ("repair_start", "without_loss")  # on HRNet's loss
 # AdamW's highest rate and the steps, where they are not 5e-2 and 100: the best that `studies.search` found
 SETTINGS = {"dense": (1e-4, 100), "attention": (1e-2, 100), "line_sum": (5e-2, 400), "line_mean": (2e-1, 400)}
 # Methods that train the backbone too, on pictures
@@ -122,46 +100,37 @@ FREE = ("original_free", "repaired_free", "repaired_free_frozen_statistics", "hr
 _FREE_SPLIT = {"original": "train", "best": "train-large"}  # what the point's backbone was trained on
 
 
-def _train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, list[dict]]:
-    """The module of a method, trained on the heatmaps of a frozen backbone, and its rows of `steps.csv`."""
+def _train_frozen(method: str, heatmaps: Predicted, seed: int, steps: int = 100) -> tuple[nn.Module, dict]:
+    """The module of a method, trained on the heatmaps of a frozen backbone, and how: see `train_pairs`."""
     if method in PAIRED:
         torch.manual_seed(seed)
         make, steps, batch = PAIRED[method]
         module = make()
-        rows = train_pairs(module, HeatmapPairs(heatmaps), steps, batch, seed=seed)
-        return WithNext(module.cpu()), rows
+        followed = train_pairs(module, ViewPairs(heatmaps), steps, batch, seed=seed)
+        return WithNext(module.cpu()), followed
     lr, steps = SETTINGS.get(method, (5e-2, steps))
-    return train_together(*TOGETHER[method], heatmaps, seed, steps, lr)
+    return train_together(TOGETHER[method], heatmaps, seed, steps, lr, method in _ON_SQUARES)
 
 
-def train_together(
-    make: Callable, loss: Callable, heatmaps: Predicted, seed: int = 0, steps: int = 100, lr: float = 5e-2
-) -> tuple[nn.Module, list[dict]]:
-    """A module that `make()` gives, trained on all views of four instants a step, and its rows of `steps.csv`.
-
-    loss: of `HeatmapScenes`, such as `views_loss`.  seed: of the new module too.  lr: AdamW's highest.
-    """
-    torch.manual_seed(seed)
-    module = make()
-    settings = {"steps": steps, "batch": 4, "lr": lr, "weight_decay": 0, "seed": seed, "progress": False}
-    rows = train(module, loss, HeatmapScenes(heatmaps), **settings)[1]
-    return module.cpu(), rows
+def _free_loss(model: FusedNetwork, batch: dict[str, Tensor], done: float) -> Tensor:
+    """The loss of `train_together` through the backbone, and HRNet's own losses on its unfused heatmaps beside it."""
+    maps, fused = model.all_views(batch["image"], batch["F"])
+    return hit_loss(model.fusion.sharpness * fused, batch["target"], batch["weight"]) + maps_loss(maps, batch, 0.5)
 
 
-def _train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, list[dict]]:
+def _train_free(method: str, point: str, seed: int, fusion: nn.Module) -> tuple[FusedNetwork, dict]:
     """Backbone and module trained together, from the backbone of the point (and the fusion as given)."""
     torch.manual_seed(seed)
     network = load_checkpoint(CHECKPOINTS[point]).to(memory_format=torch.channels_last)
     settings = {"seed": seed, "workers": 1, "progress": True}
-    if method == "original_free":
-        model = FusedNetwork(network, fusion).train()
-        data = training_pictures("train", TRAINING)
-        return model, train_pairs(model, data, 60, **settings)
     model = FusedNetwork(network, fusion, method.endswith("frozen_statistics")).train()
+    if method == "original_free":
+        return model, train_pairs(model, training_pictures(TRAINING), 60, **settings)
     data = MultiView(Benchmark(_FREE_SPLIT[point]).prepare(), Augmentation(), seed=seed)
     alone = lambda model, batch, done: pose_loss(model.network, batch, 0.5)
-    return model, train(model, alone if method == "hrnet_longer" else free_loss, data, steps=200, batch=4,
-                        lr=1e-3 if point == "original" else 5e-4, warmup=10, clip=1.0, **settings)[1]  # fmt: skip
+    settings |= {"steps": 200, "batch": 4, "lr": 1e-3 if point == "original" else 5e-4, "warmup": 10, "clip": 1.0}
+    _, rows = train(model, alone if method == "hrnet_longer" else _free_loss, data, **settings)
+    return model, {"losses": np.array([row["loss"] for row in rows]), "path": np.empty((0, 2, 9), np.float32)}
 
 
 def _evaluate(module: nn.Module | None, predicted: Predicted) -> dict[str, np.ndarray]:
@@ -214,7 +183,7 @@ def _run(point: str, method: str, seed: int) -> dict:
         if method != "original_free":
             fusion = _train_frozen("repaired_frozen", heatmaps_once(point, "train", TRAINING, progress=False), seed)[0]
         start = time.perf_counter()
-        model, rows = _train_free(method, point, seed, fusion)
+        model, followed = _train_free(method, point, seed, fusion)
         seconds = time.perf_counter() - start
         test = predict(model.network, MultiView(Benchmark("test")), workers=1)
         module = model.fusion.cpu()
@@ -225,24 +194,26 @@ def _run(point: str, method: str, seed: int) -> dict:
     else:
         heatmaps = heatmaps_once(point, "train", TRAINING, progress=False)
         start = time.perf_counter()
-        module, rows = _train_frozen(method, heatmaps, seed)
+        module, followed = _train_frozen(method, heatmaps, seed)
         seconds, scored = time.perf_counter() - start, _evaluate(module, test)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     scored |= {"weights": weights.numpy() if len(weights) < 1000 else [], "seconds": seconds}
-    return scored | followed(rows)
+    return scored | followed
 
 
-def load(point: str) -> dict[str, dict[str, np.ndarray]]:
+def load(point: str, subject: int = 9) -> dict[str, dict[str, np.ndarray]]:
     """The stored runs of a point by method: found (S, N, V, J), dlt_mm and robust_mm (S, N, J), … of S seeds.
 
+    subject: 9; or 11, on whom nothing was chosen: what the stored modules find in one instant of each performance.
     "meta" says how they were made.  Raises FileNotFoundError where nothing is stored.
     """
     methods: dict[str, dict] = {}
-    arrays = load_arrays(RESULTS / f"{point}.npz")
+    arrays = load_arrays(RESULTS / f"{point if subject == 9 else 'eleven'}.npz")
     meta = arrays.pop("meta")
     for name, values in arrays.items():
-        method, key = name.split("/")
-        methods.setdefault(method, {})[key] = values.astype(np.float64) if key.endswith("_mm") else values
+        *of, method, key = name.split("/")
+        if of in ([], [point]):
+            methods.setdefault(method, {})[key] = values.astype(np.float64) if key.endswith("_mm") else values
     return methods | {"meta": meta}
 
 
@@ -262,14 +233,12 @@ def originals(
     found (S, N, V, J) of S seeds, in the chosen test instants; losses, path and weights of the trainings.  What is made
     now has one seed where the backbone is free.
     """
-    chosen = choose(open_split("test", dataset), test_scenes)
     settings = (dataset, train_scenes, threshold, steps, free_steps, batch)
     if settings == ("", 105, 1.0, 50, 60, 8) and (RESULTS / f"{point}.npz").exists():
+        stored, chosen = load(point), choose(Benchmark("test"), test_scenes)
         cut = lambda key, values: values[:seeds, chosen] if key.startswith("found") else values[:seeds]
-        stored, names = load(point), ("hrnet", *PAIRED, "original_free")
-        return {
-            name: {key: cut(key, values) for key, values in stored[name].items()} for name in names if name in stored
-        }
+        names = [name for name in ("hrnet", *PAIRED, "original_free") if name in stored]
+        return {name: {key: cut(key, values) for key, values in stored[name].items()} for name in names}
     lesson = heatmaps_once(point, "train", train_scenes, False, dataset)
     test = heatmaps_once(point, "test", test_scenes, False, dataset)
     made = {"hrnet": [{"found": found_by(None, test)}]}
@@ -279,27 +248,14 @@ def originals(
         for seed in range(seeds):
             torch.manual_seed(seed)
             module = make(threshold)
-            rows = train_pairs(module, HeatmapPairs(lesson), steps, usual * batch // 8, seed=seed)
+            followed = train_pairs(module, ViewPairs(lesson), steps, usual * batch // 8, seed=seed)
             weights = next(module.parameters()).detach().flatten().numpy()
-            made[method].append({"found": found_by(WithNext(module), test), "weights": weights} | followed(rows))
+            made[method].append({"found": found_by(WithNext(module), test), "weights": weights} | followed)
     seen, training = freed(point, test_scenes, free_steps, 1e-3, threshold, batch, train_scenes, dataset)
     module = OriginalFusion(threshold, initial=torch.from_numpy(training["weights"]))
     training |= {"found": found_by(WithNext(module), seen), "found_unfused": found_by(None, seen)}
     made["original_free"] = [training | {"weights": training["weights"].flatten()}]
     return {name: {key: np.stack([run[key] for run in each]) for key in each[0]} for name, each in made.items()}
-
-
-def eleven() -> dict[str, dict[str, np.ndarray]]:
-    """What the stored modules find of subject 11, on whom nothing was chosen: found (S, N, V, J) by point and method.
-
-    One instant of each performance.  Raises FileNotFoundError where nothing is stored.
-    """
-    of: dict[str, dict] = {}
-    for name, found in load_arrays(RESULTS / "eleven.npz").items():
-        if name != "meta":
-            point, method, _ = name.split("/")
-            of.setdefault(point, {})[method] = found
-    return of
 
 
 _ON_ELEVEN = ("original_frozen", "line_max", "weighted_max", "repaired_one", "repaired_frozen")
@@ -339,17 +295,16 @@ def repaired(
         with suppress(FileNotFoundError):
             return _rebuilt("repaired_frozen", load(point)["repaired_frozen"]["weights"][0])
         lesson = heatmaps_once(point, "train", TRAINING, progress=False)
-    module, settings = RepairedFusion(threshold), (seed, steps)
-    make = lambda: train_together(lambda: module, views_loss, lesson, *settings)[0].state_dict()
-    module.load_state_dict(
-        kept("repaired", [train_together, RepairedFusion, lesson.output, threshold, *settings], make)
-    )
+    module = RepairedFusion(threshold)
+    make = lambda: train_together(partial(RepairedFusion, threshold), lesson, seed, steps)[0].state_dict()
+    known = [train_together, RepairedFusion, lesson.output, threshold, seed, steps]
+    module.load_state_dict(kept("repaired", known, make))
     return module.requires_grad_(False)
 
 
 def _rebuilt(method: str, weights: np.ndarray) -> nn.Module:
     """The module of a method on frozen heatmaps, for all views, with the `weights` of a run."""
-    module = WithNext(PAIRED[method][0]()) if method in PAIRED else TOGETHER[method][0]()
+    module = WithNext(PAIRED[method][0]()) if method in PAIRED else TOGETHER[method]()
     nn.utils.vector_to_parameters(torch.from_numpy(weights), module.parameters())
     return module.requires_grad_(False)
 
@@ -366,13 +321,8 @@ def _pack(point: str, folder: Path, seeds: int) -> None:
         each = [load_arrays(path) for path in paths]
         arrays = {name: values for name, values in arrays.items() if name not in before}
         arrays |= {f"{method}/{key}": np.stack([one[key] for one in each]) for key in each[0]}
-    meta = {
-        "command": "python -m epiutils.studies.runs",
-        "device": device_name(),
-        "torch": torch.__version__,
-        "seeds": seeds,
-    }
-    save_arrays(path, arrays | {"meta": meta})
+    meta = {"command": "python -m epiutils.studies.runs", "device": device_name(), "torch": torch.__version__}
+    save_arrays(path, arrays | {"meta": meta | {"seeds": seeds}})
 
 
 METHODS = ("hrnet", *PAIRED, *TOGETHER, *FREE, "quality")

@@ -19,8 +19,9 @@ from pathlib import Path
 from epiutils.data.files import replacing
 from epiutils.metrics import joint_mean
 from epiutils.networks.predict import device_name
+from epiutils.studies.fitting import train_together
 from epiutils.studies.predicted import found_by, heatmaps_once
-from epiutils.studies.runs import RESULTS, ROOT, TOGETHER, TRAINING, measured, train_together
+from epiutils.studies.runs import RESULTS, ROOT, TOGETHER, TRAINING, measured
 
 STORED = RESULTS / "search.json"
 POINT, SHORT, LONG = "original", 100, 400  # steps
@@ -38,7 +39,7 @@ def _search(method: str, folder: Path) -> list[dict]:
         path = folder / f"{method}-{lr:g}-{steps}.json"
         if not path.exists():
             start = time.perf_counter()
-            module = train_together(*TOGETHER[method], lesson, 0, steps, lr)[0]
+            module = train_together(TOGETHER[method], lesson, 0, steps, lr)[0]
             seconds = time.perf_counter() - start
             row = {"method": method, "lr": lr, "steps": steps, "seconds": seconds}
             row |= {"accuracy": joint_mean(found_by(module, judge))}

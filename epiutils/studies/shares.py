@@ -26,29 +26,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from epiutils.cameras import Camera
 from epiutils.data.dataset import open_dataset
 from epiutils.data.files import replacing
 from epiutils.data.views import HEATMAP_FROM_INPUT, Predicted
-from epiutils.epipolar import transfer
-from epiutils.fusion import SimpleFusion, pairs, sum_at_references
+from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
+from epiutils.fusion import SimpleFusion
 from epiutils.heatmaps import hit_loss
 from epiutils.metrics import found
 from epiutils.networks.loop import Settings
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
-from epiutils.studies.causes import (
-    NormalEquations,
-    Pairs,
-    all_pairs,
-    behind_sigmoid,
-    between_pictures,
-    epipole_inside,
-    forgetting_crop,
-    initial_weights,
-    nine_shifts,
-    with_next,
-)
-from epiutils.studies.fitting import HeatmapPairs, train_pairs
+from epiutils.studies.causes import NormalEquations, Pairs, initial_weights
+from epiutils.studies.fitting import ViewPairs, train_pairs
 from epiutils.studies.predicted import heatmaps_once, kept
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "results" / "shares.npz"
@@ -66,7 +56,7 @@ CAUSES = {
     "data": "one subject, 105 instants, not the tested ones",
     "shared": "nine weights for all joints, not for each",
 }
-# The fourteen suspects of the failure, by what is changed alone: of `CAUSES`, of `alone`, or of `readings.READINGS`
+# The fourteen suspects of the failure, by what is changed alone: of `CAUSES`, of `causes_removed`, or of `readings.READINGS`
 SUSPECTS = {
     "height": "1 ridge higher than the peak",
     "bands": "2 uneven bands",
@@ -111,35 +101,53 @@ def shapley(values: np.ndarray) -> np.ndarray:
     return np.stack(shares)
 
 
-def _fundamentals(predicted: Predicted, cameras: Sequence, points: bool, crop: bool) -> Tensor:
+def _fundamentals(predicted: Predicted, cameras: Sequence[Camera], points: bool, crop: bool) -> Tensor:
     """F between all heatmaps, right or wrong as the original may have had them: (N, V, V, 3, 3).
 
-    cameras: of the whole pictures.  points: from the joints of the first instant by OpenCV, else from calibration.
-    crop: left out, as if heatmaps showed the whole pictures.
+    cameras: of the whole pictures, whose distortion is taken away.  points: from the whole pixels of the first instant's
+    joints, by OpenCV's least median of squares as its tutorial does it; else from calibration.  crop: left out, as if
+    heatmaps showed the whole pictures.
     """
-    joints = predicted.joints_3d[0].numpy() if points else None
-    if crop:
-        return forgetting_crop(cameras, tuple(predicted.output.shape[-2:]), joints).expand_as(predicted.F)
-    if not points:
+    if not points and not crop:
         return predicted.F
-    K = np.stack([camera.without_distortion().K for camera in cameras])
-    A = HEATMAP_FROM_INPUT @ predicted.K.double().numpy() @ np.linalg.inv(K)  # (N, V, 3, 3), heatmap from picture
-    return torch.from_numpy(transfer(between_pictures(cameras, joints), A[:, :, None], A[:, None]))
+    cameras, X = [camera.without_distortion() for camera in cameras], predicted.joints_3d[0].numpy()
+    height, width = predicted.output.shape[-2:]
+    if crop:
+        A = np.stack([np.diag([width / c.size[0], height / c.size[1], 1.0]) for c in cameras])[None]  # (1, V, 3, 3)
+    else:  # (N, V, 3, 3), heatmap from picture
+        A = HEATMAP_FROM_INPUT @ predicted.K.double().numpy() @ np.linalg.inv(np.stack([c.K for c in cameras]))
+    F = np.zeros((len(cameras), len(cameras), 3, 3))  # between the pictures
+    for s, r in itertools.permutations(range(len(cameras)), 2):
+        if points:
+            F[s, r], _ = find_fundamental(*(np.rint(cameras[v].project(X)) for v in (s, r)), "lmeds")
+        else:
+            F[s, r] = fundamental_from_cameras(cameras[s], cameras[r])
+    return torch.from_numpy(transfer(F, A[:, :, None], A[:, None])).expand_as(predicted.F)
 
 
-def every_set(
+def causes_removed(
     lesson: Predicted,
     test: Predicted,
-    cameras: tuple[Sequence, Sequence],
+    cameras: tuple[Sequence[Camera], Sequence[Camera]],
     seeds: int = SEEDS,
     iterations: tuple[int, int] = (50, 2200),
     causes: Sequence[str] = tuple(CAUSES),
-) -> np.ndarray:
-    """Which joints the module finds, trained with each set of n causes removed: (2ⁿ, S, N, 4, J), see `metrics.found`.
+) -> dict[str, np.ndarray]:
+    """Which joints the module finds, trained with causes of its failure removed, see `metrics.found`.
 
+    "sets", (2ⁿ, S, N, 4, J), with each set of n causes removed: set s has removed cause k where bit k is 1.  And causes
+    beside those nine, each changed alone in the module that failed, (S, N, 4, J) each: "sigmoid" has one more; the
+    others have one less: "epipole", no training pair with an epipole in the crop; "loss", a loss that asks for the
+    joint's place; "threshold", of 3 px; "sources", the sources' maps without error.
     lesson, test: heatmaps that it trains on, and is tested on, each view with the next one's.  cameras: of the whole
-    pictures of either.  iterations: few, and many.  causes: of `CAUSES`; set s has removed cause k where bit k is 1.
+    pictures of either.  iterations: few, and many.  causes: of `CAUSES`.
     """
+    given = lesson, test, cameras, seeds, iterations
+    return {"sets": _every_set(*given, causes)} | _alone(*given)
+
+
+def _every_set(lesson, test, cameras, seeds, iterations, causes) -> np.ndarray:
+    """The "sets" of `causes_removed`."""
     starts = {False: initial_weights(range(seeds)), True: torch.zeros(seeds, 9)}
     joints, results = lesson.output.shape[2], {}
     either = lambda *names: itertools.product(*((False, True) if name in causes else (False,) for name in names))
@@ -149,8 +157,7 @@ def every_set(
             replace(maps, F=_fundamentals(maps, rig, not right_F, not right_crop))
             for maps, rig in zip((lesson, test), cameras, strict=True)
         ]
-        taught = Pairs(seen[0], all_pairs(range(len(lesson))))
-        tested = Pairs(seen[1], with_next(range(len(test))))
+        taught, tested = Pairs.all_of(seen[0]), Pairs.with_next(seen[1])
         usual = float(np.mean([pencil.count.double().mean() for pencil in tested.pencils(1.0)]))
         for even, tests in either("bands", "data"):
             per_band = usual if even else None
@@ -181,37 +188,31 @@ def _trained(equations: NormalEquations, start: Tensor, seeds: Sequence[int], it
     return kept("trained", depends, make)["weights"].transpose(0, 1)
 
 
-def alone(
-    lesson: Predicted,
-    test: Predicted,
-    cameras: tuple[Sequence, Sequence],
-    seeds: int = SEEDS,
-    iterations: int = 50,
-) -> dict[str, np.ndarray]:
-    """Causes beside those nine, each changed alone in the module that failed: which joints are found, (S, N, 4, J) each.
-
-    "sigmoid" has one more; the others have one less: "epipole", no training pair with an epipole in the crop; "loss",
-    a loss that asks for the joint's place; "threshold", of 3 px; "sources", the sources' maps without error.
-    """
+def _alone(lesson, test, cameras, seeds, iterations) -> dict[str, np.ndarray]:
+    """What `causes_removed` gives beside its sets, after the fewer iterations."""
     lesson, test = (
-        replace(m, F=_fundamentals(m, rig, True, True)) for m, rig in zip((lesson, test), cameras, strict=True)
+        replace(maps, F=_fundamentals(maps, rig, True, True)) for maps, rig in zip((lesson, test), cameras, strict=True)
     )
-    start, chosen = initial_weights(range(seeds)), all_pairs(range(len(lesson)))
-    tested = Pairs(test, with_next(range(len(test))))
-    fit = lambda pairs, threshold=1.0: NormalEquations.of(pairs, threshold).train(start, range(seeds), iterations)[
-        :, -1
-    ]
-    given = Pairs(lesson, chosen)
-    outside = chosen.reshape(-1, 1, 3)[~epipole_inside(given.F, given.shape)]
-    perfect = [_perfect_sources(maps) for maps in (lesson, test)]
-    to_perfect = lambda pairs: pairs + np.array([0, 4, 0])
+    steps, start = iterations[0], initial_weights(range(seeds))
+    given, tested = Pairs.all_of(lesson), Pairs.with_next(test)
+    fit = lambda pairs, threshold=1.0: NormalEquations.of(pairs, threshold).train(start, range(seeds), steps)[:, -1]
+    outside = given.chosen.reshape(-1, 1, 3)[~_epipole_inside(given.F, given.shape)]
+    learn, judge = (Pairs(_perfect_sources(p.predicted), p.chosen + (0, 4, 0)) for p in (given, tested))
     return {
-        "sigmoid": tested.score(behind_sigmoid(lesson, start, 1.0, iterations), 1.0, sigmoid=True),
+        "sigmoid": tested.score(_on_heatmaps("sigmoid", lesson, start, steps), 1.0, sigmoid=True),
         "epipole": tested.score(fit(Pairs(lesson, outside)), 1.0),
-        "loss": tested.score(_by_place(lesson, start, iterations), 1.0),
+        "loss": tested.score(_on_heatmaps("place", lesson, start, steps), 1.0),
         "threshold": tested.score(fit(given, 3.0), 3.0),
-        "sources": Pairs(perfect[1], to_perfect(tested.chosen)).score(fit(Pairs(perfect[0], to_perfect(chosen))), 1.0),
+        "sources": judge.score(fit(learn), 1.0),
     }
+
+
+def _epipole_inside(F: Tensor, shape: tuple[int, int]) -> np.ndarray:
+    """Whether the epipole lies in the reference heatmap (H, W): F (..., 3, 3) → (...) bool."""
+    e = epipoles(F)[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = np.asarray(e[..., 0] / e[..., 2]), np.asarray(e[..., 1] / e[..., 2])
+    return (x > -0.5) & (x < shape[1] - 0.5) & (y > -0.5) & (y < shape[0] - 0.5)
 
 
 def _perfect_sources(predicted: Predicted) -> Predicted:
@@ -220,21 +221,25 @@ def _perfect_sources(predicted: Predicted) -> Predicted:
     return replace(twice, output=torch.cat([predicted.output, predicted.target], 1))
 
 
-def _by_place(lesson: Predicted, start: Tensor, iterations: int) -> Tensor:
-    """The nine weights after training on the loss that asks for the place, with the repaired module's first β."""
+def _on_heatmaps(what: str, lesson: Predicted, start: Tensor, steps: int) -> Tensor:
+    """The nine weights after training that no parabola gives, on heatmaps: (S, 9), `kept` in the cache.
 
-    def loss(module: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
+    what: "sigmoid", behind one; "place", on the loss that asks for the place, with the repaired module's first β.
+    start: (S, 9), what seed 0, 1, … begins with; it orders the pairs.
+    """
+
+    def place(module: nn.Module, batch: dict[str, Tensor], done: float) -> Tensor:
         fused = module(batch["source"], batch["reference"], batch["F"])
         return hit_loss(10 * fused, batch["target"], batch["weight"])
 
     def make() -> dict[str, Tensor]:
-        modules = [SimpleFusion(1.0, initial=weights.reshape(3, 3)) for weights in start]
+        modules = [SimpleFusion(1.0, sigmoid=what == "sigmoid", initial=w.reshape(3, 3)) for w in start]
         for seed, module in enumerate(modules):
-            train_pairs(module, HeatmapPairs(lesson), iterations, seed=seed, loss=loss)
+            train_pairs(module, ViewPairs(lesson), steps, seed=seed, loss=place if what == "place" else None)
         return {"weights": torch.stack([module.conv.weight.detach().flatten() for module in modules])}
 
-    depends = [SimpleFusion, Pencil, train_pairs, hit_loss, lesson.output, lesson.F, lesson.target, start, iterations]
-    return kept("place", depends, make)["weights"]
+    seen = [lesson.output, lesson.target, lesson.weight, lesson.F]
+    return kept(what, [SimpleFusion, Pencil, train_pairs, hit_loss, seen, start, steps], make)["weights"]
 
 
 # The first step of the ladder
@@ -244,11 +249,10 @@ def _first_step(
     lesson: Predicted, test: Predicted, seeds: int = SEEDS, iterations: tuple[int, int] = (50, 100)
 ) -> np.ndarray:
     """Which joints a sum finds, trained with each set of the changes of `FIRST_STEP`: (32, S, N, 4, J)."""
-    next_one = NormalEquations.of(Pairs(lesson, with_next(range(len(lesson)))))
     three = _of_all_sources(lesson)
     samples = {
-        (0, 0): NormalEquations.of(Pairs(lesson, all_pairs(range(len(lesson))))),
-        (0, 1): _by_instant(next_one),
+        (0, 0): NormalEquations.of(Pairs.all_of(lesson)),
+        (0, 1): _by_instant(NormalEquations.of(Pairs.with_next(lesson))),
         (1, 0): three,
         (1, 1): _by_instant(three),
     }
@@ -261,41 +265,33 @@ def _first_step(
         rates = [settings.rate(step) for step in range(steps)]
         batch = 4 if instants else 8
         weights.append(samples[sources, instants].train(start, range(seeds), steps, batch, rates)[:, -1])
-    one = Pairs(test, with_next(range(len(test)))).score(torch.cat(weights[::2]))
+    one = Pairs.with_next(test).score(torch.cat(weights[::2]))
     right = np.stack([one, _with_all_sources(test, torch.cat(weights[1::2]))], 1)  # (16 · S, 2, N, 4, J)
     return np.moveaxis(right.reshape(16, seeds, 2, *right.shape[2:]), 2, 1).reshape(32, seeds, *right.shape[2:])
 
 
 def _all_ridges(predicted: Predicted) -> Iterator[Tensor]:
-    """A = Σ_s A_s of every view with all others as its sources, (V, J, 9, H·W) of each instant in turn."""
-    for output, F in zip(predicted.output, predicted.F, strict=True):
-        views, joints, height, width = output.shape
-        shifts = torch.stack([nine_shifts(maps) for maps in output]).reshape(1, views, -1, height, width)
-        source, reference = pairs(views)
-        pencil = Pencil.from_fundamental(F[source, reference], (height, width), 1.0)
-        ridges = pencil.sum(shifts[0, source])[None]
-        yield sum_at_references(ridges)[0].reshape(views, joints, 9, -1)
+    """A = Σ_s A_s of every view with all others as its sources, (J, 9, H·W) of each view of each instant in turn."""
+    views = range(predicted.output.shape[1])
+    chosen = [[(n, s, r) for r in views for s in views if s != r] for n in range(len(predicted))]
+    columns = [Pairs(predicted, chosen).columns()] * (len(views) - 1)  # one iterator: as many a view
+    return map(sum, zip(*columns, strict=True))
 
 
 def _with_all_sources(predicted: Predicted, weights: Tensor) -> np.ndarray:
     """Which joints the sum of all sources' ridges finds with each of K kernels (K, 9): (K, N, V, J)."""
-    right = []
-    for A, output, target in zip(_all_ridges(predicted), predicted.output, predicted.target, strict=True):
-        fused = output + (weights.to(A.dtype) @ A).movedim(2, 0).unflatten(-1, output.shape[-2:])  # (K, V, J, H, W)
-        right.append(found(fused.flatten(0, 1), target.repeat(len(weights), 1, 1, 1)).reshape(fused.shape[:3]))
-    return np.stack(right, 1)
+    outputs, targets, right = predicted.output.flatten(0, 1), predicted.target.flatten(0, 1), []
+    for A, output, target in zip(_all_ridges(predicted), outputs, targets, strict=True):
+        fused = output[:, None] + (weights.to(A.dtype) @ A).unflatten(-1, output.shape[-2:])  # (J, K, H, W)
+        right.append(found(fused, target[:, None].expand_as(fused)).T)
+    return np.stack(right, 1).reshape(len(weights), *predicted.output.shape[:3])
 
 
 def _of_all_sources(predicted: Predicted) -> NormalEquations:
-    """Of each view (N · 4) with all three others as its sources, one kernel for all: A = Σ_s A_s."""
-    parts = []
-    for A, *seen in zip(_all_ridges(predicted), predicted.output, predicted.target, predicted.weight, strict=True):
-        output, target, weight = seen
-        e = (target - output).flatten(-2)[:, :, None]  # (V, J, 1, H·W)
-        rows = (weight[..., None, None] * torch.cat([A, e], 2)).double()
-        parts.append(rows @ rows.mT / rows.shape[-1])
-    products = torch.cat(parts)  # (N · V, J, 10, 10)
-    return NormalEquations(products[..., :9, :9], products[..., 9, :9], products[..., 9, 9])
+    """Of each view (N · V) with all three others as its sources, one kernel for all: A = Σ_s A_s."""
+    wanted = (predicted.target - predicted.output).flatten(0, 1)
+    seen = ((e.double(), v) for e, v in zip(wanted, predicted.weight.flatten(0, 1), strict=True))
+    return NormalEquations.of_columns((A.double() for A in _all_ridges(predicted)), seen)
 
 
 def _by_instant(equations: NormalEquations) -> NormalEquations:
@@ -309,17 +305,13 @@ def _by_instant(equations: NormalEquations) -> NormalEquations:
 def load() -> dict[str, np.ndarray]:
     """What `python -m epiutils.studies.shares` stored, every fourth instant of subject 9 at the 46 % point.
 
-    "sets" (512, S, N, 4, J) of `every_set`, "first_step" (32, S, N, 4, J), and those of `alone`, of 1, 0 and nan.
-    Raises FileNotFoundError where nothing is stored.
+    What `causes_removed` gives, of all nine causes, and "first_step" (32, S, N, 4, J): the changes of `FIRST_STEP` in
+    each set.  Raises FileNotFoundError where nothing is stored.
     """
     with np.load(STORED, allow_pickle=False) as stored:
         left_out, shapes = stored["left_out"], json.loads(str(stored["meta"]))["shapes"]
-        return {
-            name: np.where(
-                left_out, np.float32("nan"), np.unpackbits(stored[name], count=math.prod(shape)).reshape(shape)
-            )
-            for name, shape in shapes.items()
-        }
+        right = {name: np.unpackbits(stored[name], count=math.prod(shape)) for name, shape in shapes.items()}
+        return {name: np.where(left_out, np.float32("nan"), right[name].reshape(shapes[name])) for name in shapes}
 
 
 def _store(results: dict[str, np.ndarray]) -> None:
@@ -342,8 +334,7 @@ def _main(arguments: list[str] | None = None) -> int:
     lesson = heatmaps_once("original", "train", slice(0, 840, 8))
     test = heatmaps_once("original", "test")[::4]
     cameras = tuple(open_dataset("", subject).cameras for subject in (1, 9))
-    results = {"first_step": _first_step(lesson, test)} | alone(lesson, test, cameras)
-    _store({"sets": every_set(lesson, test, cameras)} | results)
+    _store(causes_removed(lesson, test, cameras) | {"first_step": _first_step(lesson, test)})
     return 0
 
 
