@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 import zlib
 
@@ -18,7 +19,7 @@ from recorded import write_recording
 from rigs import camera_pair
 
 from epiutils.data.calibration import read_calib, write_calib
-from epiutils.data.files import check_file, read_bytes, read_toml, reading, replacing
+from epiutils.data.files import check_file, read_bytes, reading, replacing
 from epiutils.data.human36m import Human36M, _archive, _read_picture
 from epiutils.data.recordings import read_recording
 
@@ -130,7 +131,7 @@ def test_toml_that_is_nested_or_broken_is_refused_at_once(tmp_path, text):
     file, began = tmp_path / "a.toml", time.process_time()
     file.write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match="a.toml is not a TOML file: "):
-        read_toml(file)
+        read_calib(file)
     assert time.process_time() - began < 2
 
 
@@ -140,14 +141,15 @@ def test_toml_of_100_mb_is_refused_and_one_with_a_byte_order_mark_is_read(tmp_pa
         stream.truncate(100 << 20)
     with pytest.raises(ValueError, match="Calib.toml has 104857600 bytes; more than 1048576 are"):
         read_calib(file)
-    file.write_bytes(b"\xef\xbb\xbfa = 1")
-    assert read_toml(file) == {"a": 1}
+    write_calib(file, camera_pair(0))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [camera.name for camera in read_calib(file)] == ["src", "ref"]
 
 
 @pytest.mark.parametrize("size", [(40_000, 40_000), (33_000, 10), (10_000, 10_000), (float("inf"), 10), (1e300, 1e300)])
 def test_a_camera_too_large_for_its_picture_is_refused(tmp_path, size):
     write_calib(tmp_path / "Calib.toml", camera_pair(0))
-    tables = read_toml(tmp_path / "Calib.toml")
+    tables = tomllib.loads((tmp_path / "Calib.toml").read_text())
     tables["src"]["size"] = list(map(float, size))
     (tmp_path / "Calib.toml").write_text(tomli_w.dumps(tables))
     with pytest.raises(ValueError, match=r"Calib.toml, table \[src\]: .*(size|infinity)"):
