@@ -1,6 +1,7 @@
 """A small recording of a standing person, as Pose2Sim's folders have it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 from rigs import look_at
 
 from epiutils.data.bodies import JOINTS
-from epiutils.data.calibration import write_calib
+from epiutils.data.calibration import read_calib, write_calib
 
 WIDTH, HEIGHT = 160, 240
 STANDING = {  # a person of 1.8 m facing +y, in metres: x to the person's left, z up
@@ -32,11 +33,11 @@ def body(model, place=(0, 0, 0)):
     return np.array(X)
 
 
-def camera(i):
+def camera(i, distortion=(-0.1, 0.05, 1e-3, -2e-3), fisheye=False):
     """Camera i of a ring, 4 m from the person, looking at its middle; H ≠ W, off-centre, fx ≠ fy, distorted."""
     C, K = (4 * np.sin(0.4 + 1.9 * i), 4 * np.cos(0.4 + 1.9 * i), 1.3), [[300, 0, 77 + i], [0, 302, 124 - i], [0, 0, 1]]
-    lens = (-0.1, 0.05, 1e-3, -2e-3)
-    return replace(look_at(C, (0, 0, 0.9), size=(WIDTH, HEIGHT), distortion=lens, name=f"cam{i + 1:02}"), K=K)
+    whole = look_at(C, (0, 0, 0.9), size=(WIDTH, HEIGHT), name=f"cam{i + 1:02}")
+    return replace(whole, K=K, distortion=distortion, fisheye=fisheye)
 
 
 def keypoints(x, confidence):
@@ -76,9 +77,10 @@ def qualisys(cameras, first="", **changes):
 
 
 def write_video(file, pictures):
-    """A video of these pictures (H, W, 3)."""
-    file.parent.mkdir(exist_ok=True)
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, pictures[0].shape[1::-1])
+    """A video of these pictures (H, W, 3) BGR; an .avi's are kept exactly."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kind = cv2.VideoWriter_fourcc(*("FFV1" if file.suffix == ".avi" else "mp4v"))
+    writer = cv2.VideoWriter(str(file), kind, 30, pictures[0].shape[1::-1])
     assert writer.isOpened()
     for picture in pictures:
         writer.write(picture)
@@ -86,11 +88,10 @@ def write_video(file, pictures):
 
 
 def write_recording(
-    path, model="BODY_25B", frames=range(3), n=2, folder="pose/{}_json", name="{}_{:012}_keypoints.json"
+    path, model="BODY_25B", frames=range(3), n=2, folder="pose/{}_json", name="{}_{:012}_keypoints.json", **lens
 ):
     """A recording of the standing person walking sideways.  Returns its cameras, and detections (V, T, J, 3)."""
-    cameras = [camera(i) for i in range(n)]
-    (path / "calibration").mkdir(parents=True)
+    cameras = [camera(i, **lens) for i in range(n)]
     write_calib(calib(path), cameras)
     rng = np.random.default_rng(5)
     detections = np.empty((n, len(frames), len(JOINTS[model]), 3))
@@ -101,3 +102,26 @@ def write_recording(
             file = path / folder.format(c.name) / name.format(c.name, number)
             write_json(file, [keypoints(detections[v, t, :, :2], detections[v, t, :, 2])])
     return cameras, detections
+
+
+def write_qualisys(path):
+    """The recording's rig as Qualisys writes it, instead of its Calib.toml.  Returns the file."""
+    file = calib(path).with_name("Calib.qca.txt")
+    file.write_text(qualisys(read_calib(calib(path))))
+    calib(path).unlink()
+    return file
+
+
+def write_alphapose(path, name="{}.json", ending=".jpg"):
+    """The recording's detections as one JSON file a camera for all frames.  Returns the files."""
+    files = []
+    for old in sorted((path / "pose").iterdir()):
+        found = []
+        for t, file in enumerate(sorted(old.iterdir())):
+            (person,) = json.loads(file.read_text())["people"]
+            found.append({"image_id": f"{t}{ending}", "category_id": 1, "keypoints": person["pose_keypoints_2d"]})
+        shutil.rmtree(old)
+        files.append(path / "pose" / name.format(old.name.removesuffix("_json")))
+        files[-1].parent.mkdir(exist_ok=True)
+        files[-1].write_text(json.dumps(found))
+    return files

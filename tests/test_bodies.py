@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from epiutils.data import people
-from epiutils.data.bodies import DETECTED, JOINTS, grown, guess_seventeen
+from epiutils.data.bodies import DETECTED, JOINTS, grown, guess_model
 from epiutils.space import Modes, along_bones
 
 STANDING = {  # metres, of a person of 1.75 m, measured by nobody who wrote the shares
@@ -61,10 +61,10 @@ def test_seventeen_joints_of_a_network_are_cocos_or_human36ms_as_the_pictures_sa
         X = people.pose((1, 5, 9)[seed % 3], action, 20, seed)
         xy = np.stack([camera.project(X) for camera in people.rig()])
         xy = np.dstack([xy, np.ones(xy.shape[:2])])
-        assert guess_seventeen(xy) == "HUMAN36M_17" and guess_seventeen(xy[:, as_coco]) == "COCO_17"
+        assert guess_model(xy) == "HUMAN36M_17" and guess_model(xy[:, as_coco]) == "COCO_17"
     between = np.random.default_rng(0).uniform(0, 100, (4, 17, 3))
     between[:, :5] *= 0.25
     for people_, said in ((between, r"span 0\.\d\d of the person"), (np.full((4, 17, 3), np.nan), "span nan")):
         with pytest.raises(ValueError, match=f"cannot tell COCO_17 from HUMAN36M_17 .*{said}"):
-            guess_seventeen(people_)
+            guess_model(people_)
     assert [model for model in DETECTED if len(JOINTS[model]) == 17] == ["COCO_17"]

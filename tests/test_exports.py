@@ -13,7 +13,6 @@ from recorded import HEIGHT, WIDTH, body, write_recording
 from recorded import camera as ring
 from scipy.spatial.transform import Rotation
 
-from epiutils.data import exports
 from epiutils.data.bodies import JOINTS
 from epiutils.data.calibration import read_calib
 from epiutils.data.exports import write_results
@@ -35,23 +34,22 @@ def recording(tmp_path):
 TRUE = np.stack([body("BODY_25B", (0.02 * t, 0, 0)) for t in range(5)])
 
 
-def test_poses_are_the_persons_whatever_one_view_says(recording):
-    X, agree = exports._poses_3d(recording)
-    np.testing.assert_allclose(X, TRUE, atol=1e-4)
-    wrong = np.zeros_like(agree)
-    wrong[1, 2, 9] = wrong[3, 2, 9] = wrong[3, 4, 16] = True
-    np.testing.assert_array_equal(agree, ~wrong)
+def read_table(path):
+    """X (T, J, 3) of BODY_25B and the other columns, as texts."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    X = [[[float(row.pop(f"{j}_{axis}_m") or "nan") for axis in "xyz"] for j in JOINTS["BODY_25B"]] for row in rows]
+    return np.array(X), rows
 
 
-def repaired(recording, folder):
-    """The detections (V, T, J, 3) that are written, read back."""
-    write_results(recording, folder)
-    return read_recording(folder).detections
-
-
-def test_detections_are_repaired_where_they_do_not_agree_and_nowhere_else(recording, tmp_path):
-    _, agree = exports._poses_3d(recording)
-    fixed, given = repaired(recording, tmp_path / "out"), recording.detections
+def test_poses_are_the_persons_and_detections_are_repaired_where_they_do_not_agree_and_nowhere_else(
+    recording, tmp_path
+):
+    _, table = write_results(recording, tmp_path / "out")
+    np.testing.assert_allclose(read_table(table)[0], TRUE, atol=1e-4)
+    fixed, given = read_recording(tmp_path / "out").detections, recording.detections
+    agree = np.ones(given.shape[:3], bool)
+    agree[1, 2, 9] = agree[3, 2, 9] = agree[3, 4, 16] = False
     for v, camera in enumerate(recording.cameras):
         straight = np.concatenate([camera.undistort(given[v, ..., :2]), given[v, ..., 2:]], -1)
         np.testing.assert_allclose(fixed[v][agree[v]], straight[agree[v]], atol=1e-4)
@@ -86,27 +84,20 @@ def read_trc(path):
 
 
 def test_poses_come_back_from_the_files_of_opensim_and_from_the_table(recording, tmp_path):
-    X, _ = exports._poses_3d(recording)
     recording.detections[2:, 3] = recording.detections[:2, 3] = np.nan, np.nan, 0  # a frame without anybody
     trc, table = write_results(recording, tmp_path / "out", rate=50)
     assert trc.name == "trial_7-11.trc" and trc.parent.name == "pose-3d"
     names, time, back, header = read_trc(trc)
-    assert header["Units"] == "m" and header["NumFrames"] == "5" and header["NumMarkers"] == "25"
-    assert (
-        header["DataRate"] == "50"
-        and names[:2] == ["Nose", "LEye"]
-        and names[6] == "RShoulder"
-        and names[24] == "RHeel"
-    )
+    assert {key: header[key] for key in ("Units", "NumFrames", "NumMarkers", "DataRate")} == {
+        "Units": "m", "NumFrames": "5", "NumMarkers": "25", "DataRate": "50"}  # fmt: skip
+    assert names[:2] == ["Nose", "LEye"] and names[6] == "RShoulder" and names[24] == "RHeel"
     np.testing.assert_array_equal(time, np.column_stack([range(7, 12), np.arange(7, 12) / 50]))
     assert np.isnan(back[3]).all()
-    expected = np.where(np.arange(5)[:, None, None] == 3, np.nan, X)
-    np.testing.assert_allclose(back, expected[..., [1, 2, 0]], atol=1e-6)  # z up becomes y up, a rotation
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    joints = [[[float(row[f"{j}_{axis}_m"] or "nan") for axis in "xyz"] for j in JOINTS["BODY_25B"]] for row in rows]
-    np.testing.assert_allclose(joints, expected, atol=1e-6)
+    X, rows = read_table(table)
+    np.testing.assert_allclose(X, np.where(np.arange(5)[:, None, None] == 3, np.nan, TRUE), atol=1e-4)
+    np.testing.assert_allclose(back, X[..., [1, 2, 0]], atol=1e-6)  # z up becomes y up, a rotation
     assert {row["up"] for row in rows} == {"z"} and [row["frame"] for row in rows] == ["7", "8", "9", "10", "11"]
+    assert [row["time_s"] for row in rows] == [f"{t:.6f}" for t in time[:, 1]]
 
 
 @pytest.mark.parametrize("up", ["x", "y", "z", "-x", "-y", "-z"])
@@ -122,29 +113,22 @@ def test_whatever_axis_points_up_does_so_in_opensims_file_and_nothing_is_mirrore
 
 
 def test_the_folder_is_a_trial_again_and_says_what_the_poses_do(recording, tmp_path):
-    X, _ = exports._poses_3d(recording)
-    recording.detections[1, 3] = np.nan, np.nan, 0  # nobody for one camera, but in its picture
-    recording.status[1, 3] = Status.NO_PERSON
-    write_results(recording, tmp_path / "out")
+    recording.detections[1, 3] = recording.detections[:, 4] = np.nan, np.nan, 0
+    recording.status[1, 3] = Status.NO_PERSON  # nobody for one camera, but in its picture; and nobody at all
+    _, table = write_results(recording, tmp_path / "out")
     again = read_recording(tmp_path / "out")
-    assert again.model == recording.model and (again.status == Status.OK).all()
+    assert again.model == recording.model
+    assert (again.status[:, :4] == Status.OK).all() and (again.status[:, 4] == Status.NO_PERSON).all()
     np.testing.assert_array_equal(again.frames, recording.frames)
-    np.testing.assert_allclose(exports._poses_3d(again)[0], X, atol=1e-3)
-    np.testing.assert_allclose(
-        again.detections[1, 3, :, :2], recording.cameras[1].without_distortion().project(TRUE[3]), atol=0.02
-    )
+    straight = recording.cameras[1].without_distortion()
+    np.testing.assert_allclose(again.detections[1, 3, :, :2], straight.project(TRUE[3]), atol=0.02)
+    _, other = write_results(again, tmp_path / "again")
+    np.testing.assert_allclose(read_table(other)[0], read_table(table)[0], atol=1e-3)
     files = sorted((tmp_path / "out" / "pose" / "cam02_json").iterdir())
     assert [f.name for f in files] == [f"cam02_{n:012d}_keypoints.json" for n in range(7, 12)]
+    assert json.loads(files[4].read_text())["people"] == [{}]  # as Pose2Sim writes nobody
     with pytest.raises(ValueError, match='up must be "auto" or one of x, y'):
         write_results(recording, tmp_path / "other", up="north")
-
-
-def test_nobody_is_written_as_pose2sim_writes_it(recording, tmp_path):
-    recording.detections[:, 3] = np.nan, np.nan, 0
-    write_results(recording, tmp_path / "out")
-    file = tmp_path / "out" / "pose" / "cam02_json" / "cam02_000000000010_keypoints.json"
-    assert json.loads(file.read_text())["people"] == [{}]
-    assert (read_recording(tmp_path / "out").status[:, 3] == Status.NO_PERSON).all()
 
 
 # What follows is what Pose2Sim 0.10.49 does; the files were seen to give its triangulation poses within 1 µm of these.
@@ -204,23 +188,20 @@ def test_pose2sims_triangulation_makes_the_same_poses_of_the_folder(tmp_path, na
 
 
 def test_points_that_a_lens_brought_into_the_picture_are_in_the_larger_one_without_it(recording, tmp_path):
-    wide = [
-        replace(c, K=np.diag([0.2, 0.2, 1]) @ c.K, distortion=(0.01, 0, 0, 0), fisheye=True) for c in recording.cameras
+    turn, wide = cv2.Rodrigues(np.array([0, 1.25, 0]))[0], {"distortion": (0.01, 0, 0, 0), "fisheye": True}
+    cameras = [
+        replace(c, K=np.diag([0.2, 0.2, 1]) @ c.K, R=turn @ c.R, t=turn @ c.t, **wide) for c in recording.cameras
     ]
-    wide = [
-        replace(c, R=cv2.Rodrigues(np.array([0, 1.25, 0]))[0] @ c.R, t=cv2.Rodrigues(np.array([0, 1.25, 0]))[0] @ c.t)
-        for c in wide
-    ]
-    found = np.stack([c.project(TRUE) for c in wide])
-    away = replace(recording, cameras=wide, detections=np.concatenate([found, recording.detections[..., 2:]], -1))
+    found = np.stack([c.project(TRUE) for c in cameras])
     assert (found > 0).all() and (found < (WIDTH, HEIGHT)).all()
-    straight = np.stack([c.undistort(x) for c, x in zip(wide, found, strict=True)])
-    assert (straight[..., 0] > 1.5 * WIDTH).any()
+    assert max(c.undistort(x)[..., 0].max() for c, x in zip(cameras, found, strict=True)) > 1.5 * WIDTH
+    away = replace(recording, cameras=cameras, detections=np.concatenate([found, recording.detections[..., 2:]], -1))
     write_results(away, tmp_path / "out")
     again = read_recording(tmp_path / "out")
     for c, x in zip(again.cameras, again.detections[..., :2], strict=True):
         assert (x >= 0).all() and (x <= np.array(c.size) - 1).all()
-    np.testing.assert_allclose(exports._poses_3d(again)[0], TRUE, atol=1e-4)
+    _, table = write_results(again, tmp_path / "again", up="z")
+    np.testing.assert_allclose(read_table(table)[0], TRUE, atol=1e-4)
 
 
 def test_what_was_recorded_is_not_written_over(recording):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -65,62 +66,48 @@ DETECTED = tuple(JOINTS)  # the orders in which detectors write files
 JOINTS["HUMAN36M_17"], BODY_BONES["HUMAN36M_17"] = Names(views.JOINTS), views.BONES
 
 
-def guess_model(people: np.ndarray) -> str:
-    """The body model of people (N, J, 3), nan where undetected, by the number of keypoints; 25 are one of two orders.
+def guess_model(people: np.ndarray, among: Iterable[str] = JOINTS) -> str:
+    """The body model of people (N, J, 2 or more), nan where undetected, by the number of keypoints and how they lie.
 
-    In its own order a body's bones are short; read in the other's, wrists are joined to hips and eyes to shoulders.
-    The order with the smaller mean bone length wins.  Raises ValueError where the other's is not 1.25 times as long,
-    or fewer than 30 bones are seen in either, and for other numbers of keypoints.
+    25 are BODY_25B's or BODY_25's: in its own order a body's bones are short; read in the other's, wrists are joined to
+    hips and eyes to shoulders.  17 are COCO_17's or HUMAN36M_17's: the first five are nose, eyes and ears there, and here
+    hips, a knee and an ankle.  among: the models that it may be.
+    Raises ValueError for other numbers of keypoints; where the longer mean bone is not 1.25 times the shorter, or fewer
+    than 30 bones are seen in either; and where the median of how far the first five lie apart, over the extent of the
+    person, is between 0.23 and 0.35, or nobody is seen.  (It was at most 0.17 and at least 0.41 over four cameras of
+    embedded people.)
     """
-    fitting = [model for model in DETECTED if len(JOINTS[model]) == people.shape[1]]
+    among = list(among)
+    fitting = [model for model in among if len(JOINTS[model]) == people.shape[1]]
     if not fitting:
-        known = ", ".join(f"{model} {len(JOINTS[model])}" for model in DETECTED)
+        known = ", ".join(f"{model} {len(JOINTS[model])}" for model in among)
         raise ValueError(f"{people.shape[1]} keypoints a person, which no model has: {known}")
     if len(fitting) == 1:
         return fitting[0]
+    return (_by_face if people.shape[1] == 17 else _by_bones)(people[..., :2], fitting)
+
+
+def _by_bones(xy: np.ndarray, models: Sequence[str]) -> str:
     length = {}
-    for model in fitting:
+    for model in models:
         a, b = np.array(BODY_BONES[model]).T
-        bones = np.linalg.norm(people[:, a, :2] - people[:, b, :2], axis=-1)  # (N, bones)
+        bones = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)  # (N, bones)
         bones = bones[np.isfinite(bones)]
         length[model] = float(bones.mean()) if len(bones) >= 30 else np.nan
     short, long = sorted(length, key=length.get)
     if not length[long] >= 1.25 * length[short]:
-        raise ValueError(f"cannot tell {' from '.join(fitting)} (mean bone, px: {length}): pass model=")
+        raise ValueError(f"cannot tell {' from '.join(models)} (mean bone, px: {length}): pass model=")
     return short
 
 
-def guess_seventeen(people: np.ndarray) -> str:
-    """Whether a network's 17 joints (N, 17, 2 or more), nan where unseen, are in COCO's order or in Human3.6M's.
-
-    The first five are nose, eyes and ears there, and here hips, a knee and an ankle: how far apart they lie, over the
-    extent of the person, was at most 0.17 and at least 0.41 in the medians over four cameras of embedded people.
-    Raises ValueError where the median is between 0.23 and 0.35, or nobody is seen.
-    """
+def _by_face(xy: np.ndarray, models: Sequence[str]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all nan
-        first, whole = (np.nanmax(p, 1) - np.nanmin(p, 1) for p in (people[:, :5, :2], people[..., :2]))
+        first, whole = (np.nanmax(p, 1) - np.nanmin(p, 1) for p in (xy[:, :5], xy))
         share = float(np.nanmedian(np.hypot(*first.T) / whole.max(-1)))
     if not (share < 0.23 or share > 0.35):
-        raise ValueError(f"cannot tell COCO_17 from HUMAN36M_17 (the first five joints span {share:.2f} of the person)")
+        raise ValueError(f"cannot tell {' from '.join(models)} (the first five joints span {share:.2f} of the person)")
     return "COCO_17" if share < 0.23 else "HUMAN36M_17"
-
-
-def stature(X: np.ndarray, model: str) -> float:
-    """How tall a person is, from joints in space (T, J, 3): the medians of trunk and legs, over their part of a body.
-
-    The parts are those of grown people, who are 1.1 (nose to ankle) of their sum tall.  In the unit of X; nan where no
-    part is seen.
-    """
-    parts = {("nose", "sho"): 0.15, ("sho", "hip"): 0.285, ("hip", "kne"): 0.245, ("kne", "ank"): 0.24}
-    place = {name: number for number, name in enumerate(JOINTS[model])}
-    length = share = 0.0
-    for (a, b), part in parts.items():
-        ends = [(place[a] if a == "nose" else place[side + a], place[side + b]) for side in "lr"]
-        sides = np.array([np.linalg.norm(X[:, i] - X[:, j], axis=-1) for i, j in ends])
-        if np.isfinite(sides).any():
-            length, share = length + float(np.nanmedian(sides)), share + part
-    return length / share if share else np.nan
 
 
 # Parent, child, length as a share of stature, and its deviation as a share of the length (after Drillis & Contini 1966;

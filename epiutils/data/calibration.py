@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import tomli_w
 from scipy.spatial.transform import Rotation
 
 from epiutils.cameras import Camera
-from epiutils.data.files import read_bytes, read_toml, reading, replacing
+from epiutils.data.files import read_bytes, reading, replacing
 
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}  # metres
 _KEYS = ("size", "matrix", "distortions", "rotation", "translation")
@@ -33,12 +34,11 @@ def read_calib(path: str | os.PathLike, limit: int = 1 << 20, unit: str = "m") -
     path = Path(path)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    data = read_bytes(path, limit)
     if path.suffix.lower() == ".toml":
-        cameras = [
-            replace(c, t=UNITS[unit] * c.t) if unit != "m" else c for c in _of_toml(read_toml(path, limit), path)
-        ]
+        cameras = [replace(c, t=UNITS[unit] * c.t) for c in _of_toml(data, path)]
     else:
-        cameras = _of_qualisys(read_bytes(path, limit), path)
+        cameras = _of_qualisys(data, path)
     if not cameras:
         raise ValueError(f"{path}: no camera in it")
     names = [camera.name for camera in cameras]
@@ -47,7 +47,11 @@ def read_calib(path: str | os.PathLike, limit: int = 1 << 20, unit: str = "m") -
     return cameras
 
 
-def _of_toml(tables: dict, path: Path) -> list[Camera]:
+def _of_toml(data: bytes, path: Path) -> list[Camera]:
+    with reading(path, "a TOML file"):
+        if max(line.count(b".") for line in data.split(b"\n")) > 64:  # tomllib's time is quadratic in a.b.c.d…
+            raise ValueError("a line has more than 64 dots")
+        tables = tomllib.loads(data.decode("utf-8-sig"))
     below, cameras = isinstance(tables.get("cameras"), dict), []
     tables = tables["cameras"] if below else tables
     known = [table for table in tables.values() if isinstance(table, dict) and table.keys() & set(_KEYS[1:])]

@@ -8,7 +8,6 @@ import platform
 import re
 import stat
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -51,15 +50,6 @@ def read_bytes(path: str | os.PathLike, limit: int = 16 << 20, within: str | os.
     """The bytes of a file that `check_file` lets pass."""
     with reading(path, "a file that can be read"), check_file(path, limit, within).open("rb") as file:
         return file.read(min(limit, os.fstat(file.fileno()).st_size))  # room for `limit` bytes would be made each time
-
-
-def read_toml(path: str | os.PathLike, limit: int = 1 << 20, within: str | os.PathLike | None = None) -> dict:
-    """What a TOML file holds; ValueError naming it where it is none, or nested too deep."""
-    data = read_bytes(path, limit, within)
-    with reading(path, "a TOML file"):
-        if max(line.count(b".") for line in data.split(b"\n")) > 64:  # tomllib's time is quadratic in a.b.c.d…
-            raise ValueError("a line has more than 64 dots")
-        return tomllib.loads(data.decode("utf-8-sig"))
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from epiutils.cameras import Camera
+from epiutils.data.calibration import read_calib
 from epiutils.data.files import check_file, read_bytes, reading
 
 POSES = ("pose-associated", "pose-sync", "pose")
@@ -23,108 +26,169 @@ _MOST = 1000  # people of a file
 _VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".webm")
 
 
-def find_calib(path: Path) -> Path:
-    """The one rig file of a recording: in its folder or `calibration/`, else one level up, beside the trials.
+class Folder:
+    """A recording's folder as it is read: where its parts lie, which are whose, and the notes on what was found.
 
-    Raises ValueError where there is none, or several.
+    below: the first of the folders that holds detections; entries: in it the folders or files of cameras, or none.
+    limit: most bytes of a JSON file of one frame.  Raises FileNotFoundError where there is no such folder.
     """
-    for place in (path, path.resolve().parent):
-        folders = [place, *(f for f in _visible(place) if f.is_dir() and f.name.lower().startswith("calib"))]
-        files = [f for folder in folders for f in _visible(folder) if not f.is_dir()]
-        for fits in (r".*calib.*\.toml|camera_array\.toml", r".*\.qca(\.txt|\.xml)?"):
-            found = [f for f in files if re.fullmatch(fits, f.name.lower())]
-            if len(found) == 1:
-                return check_file(found[0], within=place)
+
+    def __init__(self, path: str | os.PathLike, limit: int = 16 << 20):
+        self.path, self.limit, self.notes = Path(path), limit, []
+        self.below, self.entries = self.path, []
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path}: no such folder")
+        for below in (*(self.path / name for name in POSES), self.path):
+            here = _visible(below) if below.is_dir() else []
+            entries = [f for f in here if f.is_dir() and any(g.suffix.lower() == ".json" for g in _visible(f))]
+            if entries := entries or [f for f in here if f.suffix.lower() == ".json" and f.is_file()]:
+                self.below, self.entries = below, entries
+                break
+
+    def warn(self, text: str) -> None:
+        """Note what is probably wrong, in a warning too."""
+        self.notes.append(text)
+        warnings.warn(text, stacklevel=3)
+
+    @property
+    def calib(self) -> Path:
+        """The one rig file: in the folder or `calibration/`, else one level up, beside the trials.
+
+        Raises ValueError where there is none, or several.
+        """
+        for place in (self.path, self.path.resolve().parent):
+            folders = [place, *(f for f in _visible(place) if f.is_dir() and f.name.lower().startswith("calib"))]
+            files = [f for folder in folders for f in _visible(folder) if not f.is_dir()]
+            for fits in (r".*calib.*\.toml|camera_array\.toml", r".*\.qca(\.txt|\.xml)?"):
+                found = [f for f in files if re.fullmatch(fits, f.name.lower())]
+                if len(found) == 1:
+                    return check_file(found[0], within=place)
+                if found:
+                    break
             if found:
                 break
-        if found:
-            break
-    raise ValueError(
-        f"{path}: expected one Calib*.toml or *.qca.txt here, in calibration/ or one level up, found {list(map(str, found))}"
-    )
-
-
-def detections_below(path: Path) -> tuple[Path, list[Path]]:
-    """The first of a recording's folders that holds detections, and in it the folders or files of cameras, or none."""
-    for below in (*(path / name for name in POSES), path):
-        here = _visible(below) if below.is_dir() else []
-        entries = [f for f in here if f.is_dir() and any(g.suffix.lower() == ".json" for g in _visible(f))]
-        if entries := entries or [f for f in here if f.suffix.lower() == ".json" and f.is_file()]:
-            return below, entries
-    return path, []
-
-
-def find_detections(
-    path: Path, names: Sequence[str], say: Callable[[str], None]
-) -> tuple[Path, tuple[Path | None, ...]]:
-    """The folder that holds the detections, and in it the folder or file of each camera, None where it has none.
-
-    say: is told what was matched otherwise than by name.  Raises ValueError naming both sides where folders are left
-    over, or none is there.
-    """
-    below, entries = detections_below(path)
-    found, strays = _match(names, entries, below, say)
-    bare = [name for name, entry in zip(names, found, strict=True) if entry is None]
-    if strays or len(bare) == len(names):
         raise ValueError(
-            f"{below}: cameras without a folder of JSON files: {bare}; "
-            f"folders of JSON files without a calibration: {strays}"
+            f"{self.path}: expected one Calib*.toml or *.qca.txt here, in calibration/ or one level up, "
+            f"found {list(map(str, found))}"
         )
-    if bare:
-        say(f"{below}: calibrated, but without detections, and left out: {', '.join(bare)}")
-    return below, found
 
+    def cameras(self, wanted: str | Sequence[str], unit: str) -> tuple[list[Camera], list[str]]:
+        """The calibrated cameras, and the names of those wanted, "cam01,cam02" or a sequence; none where all are.
 
-def find_videos(path: Path, names: Sequence[str], say: Callable[[str], None]) -> tuple[Path | None, ...]:
-    """The video of each camera, here or in `videos/`; those left over, and cameras without, are told to `say`."""
-    places = [place for place in (path, path / "videos") if place.is_dir()]
-    videos = [f for place in places for f in _visible(place) if f.suffix.lower() in _VIDEOS]
-    found, strays = _match(names, videos, path, say)
-    bare = [name for name, video in zip(names, found, strict=True) if video is None and any(found)]
-    if strays or bare:
-        say(f"{path}: videos of no calibrated camera: {strays}; cameras without a video: {bare}")
-    return found
+        unit: see `read_calib`.  Raises ValueError for names that are told twice or are not there.
+        """
+        rig = read_calib(self.calib, unit=unit)
+        known = [camera.name for camera in rig]
+        wanted = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) and wanted else list(wanted)
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"{self.calib}: cameras to read are named twice: {', '.join(wanted)}")
+        if unknown := set(wanted) - set(known):
+            raise ValueError(f"{self.calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(known)}")
+        return rig, wanted
 
+    def detections(self, names: Sequence[str]) -> tuple[Path | None, ...]:
+        """The folder or file of detections of each camera, None where it has none.
 
-def find_lags(path: Path, below: Path, folders: Sequence[Path], limit: int) -> list[int | None]:
-    """By how much the frames of each camera have higher numbers in `pose`, as in its video, than in `pose-sync`.
+        What was matched otherwise than by name is said.  Raises ValueError naming both sides where folders are left
+        over, or none is there.
+        """
+        found, strays = self._match(names, self.entries, self.below)
+        bare = [name for name, entry in zip(names, found, strict=True) if entry is None]
+        if strays or len(bare) == len(names):
+            raise ValueError(
+                f"{self.below}: cameras without a folder of JSON files: {bare}; "
+                f"folders of JSON files without a calibration: {strays}"
+            )
+        if bare:
+            self.warn(f"{self.below}: calibrated, but without detections, and left out: {', '.join(bare)}")
+        return found
 
-    Pose2Sim's synchronisation copies files to other numbers, so the same bytes are of the same picture.  None where
-    `pose` is missing or has no such files.
-    """
-    lags = []
-    for folder in folders:
-        synced, raw = (path / name / folder.name for name in POSES[1:])
-        if below.name not in POSES[:2] or not synced.is_dir():
-            lags.append(0)
-            continue
-        by_size, agree = {}, None
-        for number, file in _numbered(raw, _json(raw)).items() if raw.is_dir() else ():
-            by_size.setdefault(file.stat().st_size, []).append((number, file))
-        files = list(_numbered(synced, _json(synced)).items())
-        for number, file in files[:: max(1, len(files) // 20)]:
-            data = read_bytes(file, limit, path)
-            same = {n - number for n, other in by_size.get(len(data), ()) if read_bytes(other, limit, path) == data}
-            agree = same if agree is None else agree & same
-        lags.append(min(agree, key=abs) if agree else None)
-    return lags
+    def videos(self, names: Sequence[str]) -> tuple[Path | None, ...]:
+        """The video of each camera, here or in `videos/`; those left over, and cameras without, are said."""
+        places = [place for place in (self.path, self.path / "videos") if place.is_dir()]
+        videos = [f for place in places for f in _visible(place) if f.suffix.lower() in _VIDEOS]
+        found, strays = self._match(names, videos, self.path)
+        bare = [name for name, video in zip(names, found, strict=True) if video is None and any(found)]
+        if strays or bare:
+            self.warn(f"{self.path}: videos of no calibrated camera: {strays}; cameras without a video: {bare}")
+        return found
 
+    def lags(self, entries: Sequence[Path]) -> list[int | None]:
+        """By how much the frames of each camera have higher numbers in `pose`, as in its video, than in `pose-sync`.
 
-def read_frames(entry: Path, limit: int, within: Path) -> dict[int, list[np.ndarray]]:
-    """The people (J, 3) of each frame number that a camera's folder, or its one file, holds.
+        Pose2Sim's synchronisation copies files to other numbers, so the same bytes are of the same picture.  None where
+        `pose` is missing or has no such files.
+        """
+        lags, read = [], lambda file: read_bytes(file, self.limit, self.path)
+        for entry in entries:
+            synced, raw = (self.path / name / entry.name for name in POSES[1:])
+            if self.below.name not in POSES[:2] or not synced.is_dir():
+                lags.append(0)
+                continue
+            by_size, agree = {}, None
+            for number, file in _numbered(raw).items() if raw.is_dir() else ():
+                by_size.setdefault(file.stat().st_size, []).append((number, file))
+            files = list(_numbered(synced).items())
+            for number, file in files[:: max(1, len(files) // 20)]:
+                data = read(file)
+                same = {n - number for n, other in by_size.get(len(data), ()) if read(other) == data}
+                agree = same if agree is None else agree & same
+            lags.append(min(agree, key=abs) if agree else None)
+        return lags
 
-    An undetected joint is nan, nan, 0; a place without anybody stays, as an array of no joints.
-    """
-    if not entry.resolve().is_relative_to(within.resolve()):
-        raise ValueError(f"{entry} leads out of {within}: only what is inside is read")
-    files = [entry] if entry.is_file() else _json(entry)
-    if entry.is_file() or (len(files) == 1 and not re.search(r"\d", files[0].stem)):
-        frames = _of_alphapose(files[0], limit, within)
-    else:
-        links = {found.name for found in os.scandir(entry) if found.is_symlink()}
-        numbered = _numbered(entry, files).items()
-        frames = {n: _of_openpose(file, limit, within if file.name in links else None) for n, file in numbered}
-    return _keypoints(frames)
+    def people(self, entry: Path) -> dict[int, list[np.ndarray]]:
+        """The people (J, 3) of each frame number that a camera's folder, or its one file, holds.
+
+        An undetected joint is nan, nan, 0; a place without anybody stays, as an array of no joints.
+        """
+        if not entry.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{entry} leads out of {self.path}: only what is inside is read")
+        files = [entry] if entry.is_file() else _json(entry)
+        if entry.is_file() or (len(files) == 1 and not re.search(r"\d", files[0].stem)):
+            frames = _of_alphapose(files[0], self.limit, self.path)
+        else:
+            links = {found.name for found in os.scandir(entry) if found.is_symlink()}
+            frames = {
+                number: _of_openpose(file, self.limit, self.path if file.name in links else None)
+                for number, file in _numbered(entry).items()
+            }
+        return _keypoints(frames)
+
+    def _match(
+        self, names: Sequence[str], entries: list[Path], where: Path
+    ) -> tuple[tuple[Path | None, ...], list[str]]:
+        """The folder or file of each camera, and the names of those left over.
+
+        By name (cam_01, CAM01, cam01_json are one), else by the last or the first number in it (int_cam01_img and cam_1),
+        else, where no name fits and there are as many of both, by order.
+        """
+        plain = {_plain(name): name for name in names}
+        by_name = {}
+        for entry in entries:
+            key = _plain(entry.name if entry.is_dir() else entry.stem)
+            camera = plain.get(key, plain.get(re.sub(r"(json|pose|keypoints|alphaposeresults)$", "", key)))
+            if camera is None:
+                continue
+            if (other := by_name.setdefault(camera, entry)) is not entry:
+                raise ValueError(f"{other} and {entry} both belong to camera {camera}")
+        left = [entry for entry in entries if entry not in by_name.values()]
+        for which in (-1, 0) if left else ():
+            number = {name: _which(name, which) for name in names}
+            of_entry = {entry: _which(entry.stem, which) for entry in entries}
+            known, wanted = list(number.values()), list(of_entry.values())
+            unique = len(set(known)) == len(known) and len(set(wanted)) == len(wanted) and None not in wanted
+            agree = all(number[name] == of_entry[entry] for name, entry in by_name.items())
+            if unique and agree and set(wanted) <= set(known):
+                back = {value: entry for entry, value in of_entry.items()}
+                return tuple(back.get(number[name]) for name in names), []
+        if left and not by_name and len(entries) == len(names):
+            order = sorted(entries, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(20), entry.name))
+            pairs = ", ".join(f"{name} = {entry.name}" for name, entry in zip(names, order, strict=True))
+            self.warn(
+                f"{where}: cameras of the calibration matched by order, as no name or number fits: {pairs}; see that it is so"
+            )
+            return tuple(order), []
+        return tuple(by_name.get(name) for name in names), [entry.name for entry in left]
 
 
 def _of_openpose(file: Path, limit: int, within: Path | None) -> list[tuple[np.ndarray, Path, int]]:
@@ -175,10 +239,10 @@ def _keypoints(frames: dict[int, list[tuple[np.ndarray, Path, int]]]) -> dict[in
     return {number: [checked[id(one)] for one in people] for number, people in frames.items()}
 
 
-def _numbered(folder: Path, files: list[Path]) -> dict[int, Path]:
+def _numbered(folder: Path) -> dict[int, Path]:
     """The folder's JSON files by frame number: the last number in the name, `cam01_000000000012_keypoints.json`."""
     numbered = {}
-    for file in files:
+    for file in _json(folder):
         number = _number(re.findall(r"\d+", file.stem)[-1:], file)
         if (other := numbered.setdefault(number, file)) is not file:
             raise ValueError(f"{folder}: {other.name} and {file.name} are both frame {number}")
@@ -199,43 +263,6 @@ def _json(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     return sorted((f for f in folder.iterdir() if not f.name.startswith(".")), key=lambda file: file.name)
-
-
-def _match(
-    names: Sequence[str], entries: list[Path], where: Path, say: Callable[[str], None]
-) -> tuple[tuple[Path | None, ...], list[str]]:
-    """The folder or file of each camera, and the names of those left over.
-
-    By name (cam_01, CAM01, cam01_json are one), else by the last or the first number in it (int_cam01_img and cam_1),
-    else, where no name fits and there are as many of both, by order.
-    """
-    plain = {_plain(name): name for name in names}
-    by_name = {}
-    for entry in entries:
-        key = _plain(entry.name if entry.is_dir() else entry.stem)
-        camera = plain.get(key, plain.get(re.sub(r"(json|pose|keypoints|alphaposeresults)$", "", key)))
-        if camera is None:
-            continue
-        if (other := by_name.setdefault(camera, entry)) is not entry:
-            raise ValueError(f"{other} and {entry} both belong to camera {camera}")
-    left = [entry for entry in entries if entry not in by_name.values()]
-    for which in (-1, 0) if left else ():
-        number = {name: _which(name, which) for name in names}
-        of_entry = {entry: _which(entry.stem, which) for entry in entries}
-        known, wanted = list(number.values()), list(of_entry.values())
-        unique = len(set(known)) == len(known) and len(set(wanted)) == len(wanted) and None not in wanted
-        agree = all(number[name] == of_entry[entry] for name, entry in by_name.items())
-        if unique and agree and set(wanted) <= set(known):
-            back = {value: entry for entry, value in of_entry.items()}
-            return tuple(back.get(number[name]) for name in names), []
-    if left and not by_name and len(entries) == len(names):
-        order = sorted(entries, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(20), entry.name))
-        pairs = ", ".join(f"{name} = {entry.name}" for name, entry in zip(names, order, strict=True))
-        say(
-            f"{where}: cameras of the calibration matched by order, as no name or number fits: {pairs}; see that it is so"
-        )
-        return tuple(order), []
-    return tuple(by_name.get(name) for name in names), [entry.name for entry in left]
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -23,11 +23,11 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from epiutils.cameras import Camera
-from epiutils.data.bodies import BODY_BONES, JOINTS, guess_model
-from epiutils.data.calibration import UNITS, read_calib
-from epiutils.data.checks import check_detections, check_geometry, check_videos
+from epiutils.data.bodies import BODY_BONES, DETECTED, JOINTS, guess_model
+from epiutils.data.calibration import UNITS
+from epiutils.data.checks import check_detections, check_videos
 from epiutils.data.files import check_file, reading
-from epiutils.data.layouts import POSES, find_calib, find_detections, find_lags, find_videos, read_frames
+from epiutils.data.layouts import POSES, Folder
 from epiutils.data.tracks import MOST, associate
 from epiutils.data.views import Predicted, View
 from epiutils.epipolar import fundamental_from_cameras, sampson_distance
@@ -266,7 +266,7 @@ def read_recording(
     folder is missing, ValueError naming the file or the cameras for all that is certainly wrong, files that lead out of
     the folder included.
     """
-    path, notes, warn = _opened(path)
+    folder = Folder(path, limit)
     if model not in ("auto", *JOINTS):
         raise ValueError(f'model must be "auto" or one of {", ".join(JOINTS)}, got {model!r}')
     if isinstance(person, str) and person.isdecimal():
@@ -277,25 +277,24 @@ def read_recording(
         raise ValueError(f"video_start must be the number of the frame that a video begins with, got {video_start!r}")
     if unit not in ("auto", *UNITS):
         raise ValueError(f'unit must be "auto" or one of {", ".join(UNITS)}, got {unit!r}')
-    calib = find_calib(path)
-    rig = read_calib(calib, unit="m" if unit == "auto" else unit)
-    wanted = _wanted(cameras, rig, calib)
-    below, folders = find_detections(path, [camera.name for camera in rig], warn)
-    folders = {camera.name: (camera, folder) for camera, folder in zip(rig, folders, strict=True) if folder}
-    if bare := [name for name in wanted if name not in folders]:
-        raise ValueError(f"{below}: no detections of {', '.join(bare)}, there are those of {', '.join(folders)}")
-    rig, folders = zip(*(folders[name] for name in wanted or folders), strict=True)
+    rig, wanted = folder.cameras(cameras, "m" if unit == "auto" else unit)
+    path, below, entries = folder.path, folder.below, folder.detections([camera.name for camera in rig])
+    known = {camera.name: (camera, entry) for camera, entry in zip(rig, entries, strict=True) if entry}
+    if bare := [name for name in wanted if name not in known]:
+        raise ValueError(f"{below}: no detections of {', '.join(bare)}, there are those of {', '.join(known)}")
+    rig, entries = zip(*(known[name] for name in wanted or known), strict=True)
     others = [name for name in POSES if below.name in POSES and name != below.name and (path / name).is_dir()]
-    notes.append(f"{path}: detections of {below.name if below != path else 'this folder'}"
-                 + (f", not those of {', '.join(others)}" if others else "") + f"; calibration {calib.name}")  # fmt: skip
+    folder.notes.append(f"{path}: detections of {below.name if below != path else 'this folder'}"
+                        + (f", not those of {', '.join(others)}" if others else "")
+                        + f"; calibration {folder.calib.name}")  # fmt: skip
 
-    files = [read_frames(folder, limit, path) for folder in folders]
-    model = _model_of(files, folders, model, below)
+    files = [folder.people(entry) for entry in entries]
+    model = _model_of(files, entries, model, below)
     if blind := [
         v for v, frames in enumerate(files) if not any(len(one) for people in frames.values() for one in people)
     ]:
-        warn(f"{below}: nobody is detected in any frame of {', '.join(rig[v].name for v in blind)}: left out")
-        rig, folders, files = ([one for v, one in enumerate(each) if v not in blind] for each in (rig, folders, files))
+        folder.warn(f"{below}: nobody is detected in any frame of {', '.join(rig[v].name for v in blind)}: left out")
+        rig, entries, files = ([one for v, one in enumerate(each) if v not in blind] for each in (rig, entries, files))
 
     numbers = np.array(sorted(set().union(*files)))
     people = [[frames.get(number, ()) for number in numbers.tolist()] for frames in files]
@@ -309,104 +308,39 @@ def read_recording(
         if chosen[v, t] >= 0:
             detections[v, t] = people[v][t][chosen[v, t]]
 
-    check_detections(rig, detections, below, warn)
-    videos = find_videos(path, [camera.name for camera in rig], warn)
-    lags = find_lags(path, below, folders, limit)
+    names = [camera.name for camera in rig]
+    videos, lags = folder.videos(names), folder.lags(entries)
     if any(videos) and None in lags:
-        unknown = ", ".join(camera.name for camera, lag in zip(rig, lags, strict=True) if lag is None)
-        warn(f"{below}: no folder pose beside it has the files of {unknown}: their pictures may be out of step")
+        unknown = ", ".join(name for name, lag in zip(names, lags, strict=True) if lag is None)
+        folder.warn(f"{below}: no folder pose beside it has the files of {unknown}: their pictures may be out of step")
     lags = tuple(lag or 0 for lag in lags)
     if any(lags):
-        told = ", ".join(f"{camera.name} {lag:+d}" for camera, lag in zip(rig, lags, strict=True))
-        notes.append(
+        told = ", ".join(f"{name} {lag:+d}" for name, lag in zip(names, lags, strict=True))
+        folder.notes.append(
             f"{below}: pictures are taken as many frames later as its files have other numbers in pose: {told}"
         )
     own = [n + lag for frames, lag in zip(files, lags, strict=True) for n in frames]
-    start = check_videos(rig, videos, (min(own), max(own)), video_start, path, warn)
-    rig = check_geometry(list(rig), detections, model, unit, below, calib, warn, notes.append)
+    start = check_videos(rig, videos, (min(own), max(own)), video_start, folder)
+    rig = check_detections(rig, detections, model, unit, below, folder)
     recording = Recording(path, model, rig, numbers, detections, status, chosen, videos, lags, start)
     several = [f"{name} {_ranges(np.array(f))}" for name, f in recording.missing(Status.SEVERAL).items() if f]
     if several:
-        warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}")
-    return replace(recording, notes=tuple(notes))
+        folder.warn(f"{path}: several people, kept {person!r}, in frames: {'; '.join(several)}")
+    return replace(recording, notes=tuple(folder.notes))
 
 
-def read_videos(
-    path: str | os.PathLike, cameras: str | Sequence[str] = (), unit: str = "m", video_start: int = 0
-) -> Recording:
-    """A recording of which there are a calibration and videos alone: nobody is detected in it yet, and it has no model.
-
-    cameras, unit and video_start: as for `read_recording`.  Its frames are those of which every camera has a picture.
-    Raises FileNotFoundError where the folder is missing, ValueError for what is certainly wrong.
-    """
-    path, notes, warn = _opened(path)
-    calib = find_calib(path)
-    rig = read_calib(calib, unit=unit)
-    known = [camera.name for camera in rig]
-    wanted = _wanted(cameras, rig, calib)
-    found = dict(zip(known, find_videos(path, known, warn), strict=True))
-    chosen = [name for name in wanted or known if found[name] is not None]
-    if len(chosen) < max(len(wanted), 1):
-        raise ValueError(f"{path}: no video of {', '.join(wanted or known)}, here or in videos/")
-    rig, videos = [rig[known.index(name)] for name in chosen], tuple(found[name] for name in chosen)
-    counts = {video.name: _count(check_file(video, within=path)) for video in videos}
-    length = min(counts.values())
-    if length < 1:
-        raise ValueError(f"{path}: {min(counts, key=counts.get)}: no pictures in it that OpenCV reads")
-    if length < max(counts.values()):
-        warn(
-            f"{path}: videos of {', '.join(f'{k} {n}' for k, n in counts.items())} pictures: the first {length} are taken"
-        )
-    check_videos(rig, videos, (video_start, video_start + length - 1), video_start, path, warn)
-    notes.append(f"{path}: no detections; calibration {calib.name}, {len(rig)} videos of {length} pictures")
-    nobody = np.full((len(rig), length), Status.NO_FILE)
-    return Recording(path, "", rig, np.arange(length) + video_start, np.zeros((*nobody.shape, 0, 3)), nobody,
-                     np.full(nobody.shape, -1), videos, (0,) * len(rig), video_start, tuple(notes))  # fmt: skip
-
-
-def _opened(path: str | os.PathLike) -> tuple[Path, list[str], Callable[[str], None]]:
-    """A folder that is there; the notes on it, none yet; and what adds one to them that is a warning too."""
-    path, notes = Path(path), []
-
-    def warn(text: str) -> None:
-        notes.append(text)
-        warnings.warn(text, stacklevel=3)
-
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    return path, notes, warn
-
-
-def _wanted(cameras: str | Sequence[str], rig: Sequence[Camera], calib: Path) -> list[str]:
-    """The names of the cameras that were asked for, none where all are."""
-    known = [camera.name for camera in rig]
-    wanted = [name.strip() for name in cameras.split(",")] if isinstance(cameras, str) and cameras else list(cameras)
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"{calib}: cameras to read are named twice: {', '.join(wanted)}")
-    if unknown := set(wanted) - set(known):
-        raise ValueError(f"{calib}: no camera {', '.join(map(str, unknown))}, there are {', '.join(known)}")
-    return wanted
-
-
-def _count(video: Path) -> int:
-    capture = cv2.VideoCapture(str(video))
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    capture.release()
-    return count
-
-
-def _model_of(files: list[dict], folders: Sequence[Path], model: str, below: Path) -> str:
+def _model_of(files: list[dict], entries: Sequence[Path], model: str, below: Path) -> str:
     """The body model of all people; ValueError where they have different numbers of keypoints, or there are none."""
     counts, some = {}, []  # counts: keypoints → where they were first seen
-    for folder, frames in zip(folders, files, strict=True):
+    for entry, frames in zip(entries, files, strict=True):
         for number, people in frames.items():
             for one in filter(len, people):
-                counts.setdefault(len(one), f"{len(one)} keypoints a person in {folder.name}, frame {number}")
+                counts.setdefault(len(one), f"{len(one)} keypoints a person in {entry.name}, frame {number}")
                 some.append(one)
     if len(counts) != 1:
         raise ValueError(f"{below}: {'; '.join(counts.values()) or 'no person in any file'}")
     with reading(below):
-        model = guess_model(np.stack(some[:: max(1, len(some) // 1000)])) if model == "auto" else model
+        model = guess_model(np.stack(some[:: max(1, len(some) // 1000)]), DETECTED) if model == "auto" else model
     if len(some[0]) != len(JOINTS[model]):
         raise ValueError(f"{below}: {len(some[0])} keypoints a person, but {model} has {len(JOINTS[model])}")
     return model

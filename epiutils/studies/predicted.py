@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from epiutils.cameras import Camera
 from epiutils.data import people
-from epiutils.data.bodies import guess_seventeen
+from epiutils.data.bodies import guess_model
 from epiutils.data.dataset import CACHE, Benchmark, MultiView
 from epiutils.data.files import code, replacing
 from epiutils.data.human36m import Human36M
@@ -167,7 +167,7 @@ def _backbone(checkpoint: Path, data: Sequence, first: int) -> nn.Module:
             points, heights = decode(network(normalise(images)))
         points[heights < 0.1] = torch.nan  # nothing found
         with suppress(ValueError):  # it cannot be told
-            found = guess_seventeen(points.numpy())
+            found = guess_model(points.numpy())
     if count != len(JOINTS) or found == "COCO_17":
         what = {
             16: "16 joints, as MPII has",
