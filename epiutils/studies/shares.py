@@ -31,8 +31,7 @@ from epiutils.data.files import replacing
 from epiutils.data.views import HEATMAP_FROM_INPUT, Predicted
 from epiutils.epipolar import transfer
 from epiutils.fusion import SimpleFusion, pairs, sum_at_references
-from epiutils.heatmaps import hit_loss
-from epiutils.metrics import found
+from epiutils.heatmaps import found, hit_loss
 from epiutils.networks.loop import Settings
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
@@ -135,7 +134,7 @@ def every_set(
     iterations: tuple[int, int] = (50, 2200),
     causes: Sequence[str] = tuple(CAUSES),
 ) -> np.ndarray:
-    """Which joints the module finds, trained with each set of n causes removed: (2ⁿ, S, N, 4, J), see `metrics.found`.
+    """Which joints the module finds, trained with each set of n causes removed: (2ⁿ, S, N, 4, J), see `heatmaps.found`.
 
     lesson, test: heatmaps that it trains on, and is tested on, each view with the next one's.  cameras: of the whole
     pictures of either.  iterations: few, and many.  causes: of `CAUSES`; set s has removed cause k where bit k is 1.
