@@ -29,25 +29,17 @@ SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 # HRNet's lib/core/evaluate.py, written out as it is
 
 
-def hrnet_max_preds(batch_heatmaps):
-    batch, joints, _, width = batch_heatmaps.shape
-    preds = np.zeros((batch, joints, 2), np.float32)
-    for n, c in np.ndindex(batch, joints):
-        flat = batch_heatmaps[n, c].reshape(-1)
-        idx = np.float32(np.argmax(flat))
-        mask = np.float32(np.greater(np.amax(flat), 0.0))
-        preds[n, c] = idx % width * mask, np.floor(idx / width) * mask
-    return preds
-
-
 def hrnet_dists(output, target):
-    pred, target = hrnet_max_preds(output), hrnet_max_preds(target)
-    h, w = output.shape[2], output.shape[3]
-    norm = np.ones((pred.shape[0], 2)) * np.array([h, w]) / 10
-    dists = np.full((pred.shape[1], pred.shape[0]), -1.0)
-    for n, c in np.ndindex(*pred.shape[:2]):
-        if target[n, c, 0] > 1 and target[n, c, 1] > 1:
-            dists[c, n] = np.linalg.norm(pred[n, c, :] / norm[n] - target[n, c, :] / norm[n])
+    preds = np.zeros((2, *output.shape[:2], 2), np.float32)
+    for k, n, c in np.ndindex(preds.shape[:3]):
+        flat = (output, target)[k][n, c].reshape(-1)
+        idx, mask = np.float32(np.argmax(flat)), np.float32(np.greater(np.amax(flat), 0.0))
+        preds[k, n, c] = idx % output.shape[3] * mask, np.floor(idx / output.shape[3]) * mask
+    norm, (pred, true) = np.array(output.shape[2:]) / 10, preds
+    dists = np.full((output.shape[1], output.shape[0]), -1.0)
+    for n, c in np.ndindex(*output.shape[:2]):
+        if true[n, c, 0] > 1 and true[n, c, 1] > 1:
+            dists[c, n] = np.linalg.norm(pred[n, c, :] / norm - true[n, c, :] / norm)
     return dists
 
 
@@ -55,10 +47,8 @@ def hrnet_accuracy(output, target):
     avg_acc, cnt = 0, 0
     for dists in hrnet_dists(output, target):
         dist_cal = np.not_equal(dists, -1)
-        num_dist_cal = dist_cal.sum()
-        acc = np.less(dists[dist_cal], 0.5).sum() * 1.0 / num_dist_cal if num_dist_cal > 0 else -1
-        if acc >= 0:
-            avg_acc = avg_acc + acc
+        if dist_cal.sum() > 0:
+            avg_acc += np.less(dists[dist_cal], 0.5).sum() * 1.0 / dist_cal.sum()
             cnt += 1
     return avg_acc / cnt if cnt != 0 else 0
 
@@ -246,26 +236,25 @@ def test_decoding_keeps_leading_dimensions_dtype_and_input(method, dtype):
 # Rendering and pixels
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
-def test_rendering_is_the_gaussian_of_its_formula(shape, sigma):
+def test_rendering_is_the_gaussian_of_its_formula_and_zero_for_an_unknown_point(shape, sigma, dtype):
     rng = np.random.default_rng(0)
-    points, peaks = rng.uniform(-10, 50, (2, 3, 2)), rng.uniform(0.1, 2, (2, 3))
-    maps = render(torch.from_numpy(points), shape, sigma, torch.from_numpy(peaks))
-    assert maps.shape == (2, 3, *shape)
-    for b, j, y, x in zip(*(rng.integers(n, size=200) for n in maps.shape), strict=True):
-        px, py = points[b, j]
-        value = peaks[b, j] * math.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * sigma**2))
-        assert math.isclose(maps[b, j, y, x], value, rel_tol=1e-9, abs_tol=1e-300)
-
-
-def test_an_unknown_point_gives_zeros_and_maps_follow_the_dtype_of_their_points():
-    maps = render(torch.tensor([[math.nan, math.nan], [math.nan, 3.0], [2.0, math.nan], [2.0, 3.0]]), (6, 9))
-    assert maps.flatten(1).sum(1).gt(0).tolist() == [False, False, False, True] and maps.isfinite().all()
-    points = torch.tensor([[2.0, 3.0]], dtype=torch.float32)
-    assert render(points, (6, 9)).dtype == torch.float32 and render(points.double(), (6, 9)).dtype == torch.float64
-    torch.testing.assert_close(render(torch.tensor([[2, 3]]), (6, 9)), render(points.double(), (6, 9)))
-    assert torch.equal(points, torch.tensor([[2.0, 3.0]]))
+    points, peaks = (
+        torch.tensor(rng.uniform(-10, 50, (2, 4, 2)), dtype=dtype),
+        torch.tensor(rng.uniform(0.1, 2, (2, 4))),
+    )
+    whole, points[1, 2:, 0], points[0, 3] = points.round(), math.nan, math.nan
+    before = points.clone()
+    maps, precision = render(points, shape, sigma, peaks), 1e-9 if dtype == torch.float64 else 1e-4
+    assert maps.shape == (2, 4, *shape) and maps.dtype == dtype
+    yy, xx = np.mgrid[: shape[0], : shape[1]]
+    for (px, py), peak, each in zip(points.flatten(0, 1).tolist(), peaks.flatten(), maps.flatten(0, 1), strict=True):
+        expected = peak.item() * np.exp(-((xx - px) ** 2 + (yy - py) ** 2) / (2 * sigma**2))
+        np.testing.assert_allclose(each, np.nan_to_num(expected), rtol=precision, atol=1e-30)
+    torch.testing.assert_close(points, before, equal_nan=True)
+    torch.testing.assert_close(render(whole.long(), shape), render(whole.double(), shape))  # integers are points too
 
 
 def test_an_unknown_decoder_and_a_sigma_that_is_not_positive_are_refused():
@@ -315,29 +304,22 @@ def test_targets_are_hrnets(shape, seed):
     joints = rng.uniform(-60, 4 * max(shape) + 60, (200, 2))
     joints[:60] = np.round(joints[:60] / 2) * 2  # halves of a heatmap pixel, where rounding decides
     joints[60:90, 0] = rng.choice([-32, -30, -28, -26, -24, -2, 0, 4 * shape[1], 4 * shape[1] + 22], 30)
-    target, weight = hrnet_targets(torch.from_numpy(joints), shape)
     expected, expected_weight = hrnet_target(joints, np.ones(200), shape)
-    np.testing.assert_array_equal(weight, expected_weight)
-    np.testing.assert_allclose(target, expected, rtol=0, atol=1e-7)
-    assert target.dtype == torch.float32 and 0 < expected_weight.mean() < 1
-
-
-def test_targets_of_unknown_joints_and_leading_dimensions():
-    joints = torch.tensor([[[40.0, 80.0], [math.nan, 8.0]], [[100.0, 20.0], [8.0, math.inf]]])
-    target, weight = hrnet_targets(joints, (30, 50))
-    assert weight.tolist() == [[1, 0], [1, 0]]
-    assert target.shape == (2, 2, 30, 50) and not target[:, 1].any()
-    assert target[0, 0].argmax() == 20 * 50 + 10 and target[1, 0].argmax() == 5 * 50 + 25
+    joints[::9, seed % 2] = rng.choice([math.nan, math.inf], 23)  # unknown ones
+    expected[::9], expected_weight[::9] = 0, 0
+    target, weight = hrnet_targets(torch.from_numpy(joints).reshape(4, 50, 2), shape)
+    np.testing.assert_array_equal(weight.flatten(), expected_weight)
+    np.testing.assert_allclose(target.flatten(0, 1), expected, rtol=0, atol=1e-7)
+    assert target.dtype == weight.dtype == torch.float32 and 0 < expected_weight.mean() < 1
 
 
 def test_the_loss_is_hrnets():
     """lib/core/loss.py: for each joint half the MSE of the weighed maps, then the mean over joints."""
     rng = np.random.default_rng(0)
-    output, target = (torch.from_numpy(rng.uniform(0, 1, (3, 5, 8, 6))) for _ in range(2))
-    weight = torch.tensor(rng.integers(0, 2, (3, 5)), dtype=torch.float64)
-    weighed = [[(m[:, j] * weight[:, j, None, None]).numpy() for m in (output, target)] for j in range(5)]
+    (output, target), weight = rng.uniform(0, 1, (2, 3, 5, 8, 6)), rng.integers(0, 2, (3, 5)).astype(float)
+    weighed = [[m[:, j] * weight[:, j, None, None] for m in (output, target)] for j in range(5)]
     expected = np.mean([0.5 * ((a - b) ** 2).mean() for a, b in weighed])
-    assert joints_mse(output, target, weight).item() == pytest.approx(expected, rel=1e-12)
+    assert joints_mse(*map(torch.from_numpy, (output, target, weight))).item() == pytest.approx(expected, rel=1e-12)
     target, weight = hrnet_targets(torch.tensor([[[128.0, 128.0]]]), (64, 64))  # all-zero maps cost what it holds
     assert joints_mse(torch.zeros_like(target), target, weight).item() == pytest.approx(0.00153, rel=0.01)
 
@@ -412,6 +394,8 @@ def test_the_hit_losss_gradient_moves_probability_into_the_place(seed):
         p = torch.softmax(logits[0, j].detach().flatten(), 0).reshape(shape).numpy()
         inside = np.where(counted_right(target[0, j]), p, 0)
         np.testing.assert_allclose(logits.grad[0, j], share * (p - inside / inside.sum()), rtol=1e-4, atol=1e-6)
+    loss = lambda z: hit_loss(z, target, torch.ones(1, 3))
+    assert torch.autograd.gradcheck(loss, logits, eps=0.1, atol=2e-3, rtol=0.05, fast_mode=True)  # single precision
     for other in (logits.detach().bfloat16(), logits.detach()):  # joints that do not weigh give nothing
         none = hit_loss(other.requires_grad_(), target, torch.zeros(1, 3))
         none.backward()
