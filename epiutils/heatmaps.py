@@ -119,20 +119,6 @@ def joints_mse(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return 0.5 * nn.functional.mse_loss(output * w, target * w)
 
 
-def position_cross_entropy(output: Tensor, target: Tensor, weight: Tensor, sharpness: float = 10.0) -> Tensor:
-    """Cross-entropy between pixel distributions: −Σ q log p, p = softmax(β output), q = softmax(β target).
-
-    q's own entropy is subtracted, so that the least is 0, where output = target + constant: there the MSE is least
-    too, but unlike the MSE it has no plateau at the all-zero map.  Averaged over the joints with weight > 0.
-
-    output, target: (..., J, H, W).  weight: (..., J).  sharpness: β.  Returns a scalar.
-    """
-    log_p = nn.functional.log_softmax(sharpness * output.float().flatten(-2), -1)  # (..., J, H·W)
-    log_q = nn.functional.log_softmax(sharpness * target.float().flatten(-2), -1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return (divergence * weight).sum() / weight.sum().clamp_min(1)
-
-
 def hit_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """−log of the probability that the joint is where HRNet's accuracy counts it as right.
 
@@ -144,7 +130,7 @@ def hit_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     height, width = target.shape[-2:]
     index = target.flatten(-2).argmax(-1)  # (..., J)
     x, y = (torch.arange(n, device=target.device) for n in (width, height))
-    dx = (x - index[..., None] % width) / (height / 10)  # HRNet's own order of the units: see `hrnet_distances`
+    dx = (x - index[..., None] % width) / (height / 10)  # HRNet's own order of the units: see `found`
     dy = (y - index[..., None] // width) / (width / 10)
     near = (dy**2)[..., :, None] + (dx**2)[..., None, :] < 0.25  # (..., J, H, W)
     log_p = nn.functional.log_softmax(logits.float().flatten(-2), -1)
@@ -161,13 +147,15 @@ def _hrnet_points(heatmaps: np.ndarray) -> np.ndarray:
     return points * (flat.max(2) > 0)[..., None].astype(np.float32)
 
 
-def hrnet_distances(output, target) -> np.ndarray:
-    """Distances between the peaks of output and target, as HRNet's `calc_dists` has them.
+def found(output, target) -> np.ndarray:
+    """Which joints HRNet's accuracy counts as right: (B, J) of 1 and 0, nan where it leaves a joint out.
 
-    The unit is a tenth of the heatmap, of its height for x and of its width for y: HRNet's own order.
+    A joint is right when the arg-max pixels of output and target are less than half of a tenth of the map apart:
+    under 3.2 px for 64×64; a tenth of its height for x and of its width for y, HRNet's own order.  It is left out
+    where the target peak has x ≤ 1 or y ≤ 1 (so is an all-zero target).  The mean of all that are counted, each joint
+    of each sample once, is the pooled PCK; `accuracy` takes the mean of each joint first.
 
-    output, target: (B, J, H, W), tensors or arrays.  Returns (B, J); nan for a joint that HRNet leaves out, whose
-    target peak has x ≤ 1 or y ≤ 1.  Raises ValueError for other shapes.
+    output, target: (B, J, H, W), tensors or arrays.  Raises ValueError for other shapes.
     """
     output, target = (np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a) for a in (output, target))
     if output.shape != target.shape or output.ndim != 4 or 0 in output.shape:
@@ -176,34 +164,21 @@ def hrnet_distances(output, target) -> np.ndarray:
     unit = np.array(output.shape[2:]) / 10  # (H, W) / 10
     distances = np.linalg.norm(predicted / unit - true / unit, axis=-1)
     counted = (true[..., 0] > 1) & (true[..., 1] > 1)
-    return np.where(counted, distances, np.nan)
+    return np.where(counted, distances < 0.5, np.nan)
 
 
 def accuracy(output, target) -> float:
-    """HRNet's accuracy (lib/core/evaluate.py), to the last digit.
+    """HRNet's accuracy (lib/core/evaluate.py), to the last digit: the mean of what is `found`.
 
-    A joint is right when the arg-max pixels of output and target are less than half of a tenth of the map apart:
-    under 3.2 px for 64×64.  Joints whose target peak has x ≤ 1 or y ≤ 1 are left out (so is an all-zero target).
     The mean is first over samples for each joint, then over the joints that have a sample; so it depends on what is
-    in the batch: `pck` does not.
+    in the batch.
 
     output, target: (B, J, H, W), tensors or arrays.  Returns a number in [0, 1]; 0 where nothing counts.
     """
-    distances = hrnet_distances(output, target)
     total, joints = 0.0, 0
-    for column in distances.T:  # summed in HRNet's order: the last digit depends on it
+    for column in found(output, target).T:  # summed in HRNet's order: the last digit depends on it
         column = column[~np.isnan(column)]
         if len(column):
-            total += np.less(column, 0.5).sum() / len(column)
+            total += column.sum() / len(column)
             joints += 1
     return float(total / joints) if joints else 0.0
-
-
-def pck(output, target) -> float:
-    """Pooled PCK: the share of all counted joints that `accuracy` calls right, each joint of each sample counted once.
-
-    output, target: (B, J, H, W).  Returns a number in [0, 1]; nan where nothing counts.
-    """
-    distances = hrnet_distances(output, target)
-    distances = distances[~np.isnan(distances)]
-    return float((distances < 0.5).mean()) if len(distances) else float("nan")

@@ -1,24 +1,13 @@
 """How good poses are, in the picture and in space, and how sure that is: paired bootstrap over scenes.
 
 Each measure gives a value for every joint, (..., J), and nan where there is none: `joint_mean` and `bootstrap` leave
-those out.  A joint that was not found has no distance, and `mpjpe` is the mean of fewer joints: report it beside what is `found`.
+those out.  A joint that was not found has no distance, and `mpjpe` is the mean of fewer joints: report it
+beside what is `heatmaps.found`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-from epiutils.heatmaps import hrnet_distances
-
-
-def found(output, target) -> np.ndarray:
-    """Which joints HRNet's accuracy counts as right: (B, J) of 1 and 0, nan where it leaves a joint out.
-
-    Their `joint_mean` is `heatmaps.accuracy` (but nan, not 0, where nothing counts); the plain mean of those that are
-    counted is `heatmaps.pck`.  output, target: (B, J, H, W), tensors or arrays.
-    """
-    distances = hrnet_distances(output, target)
-    return np.where(np.isnan(distances), np.nan, distances < 0.5)
 
 
 def mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -33,6 +22,7 @@ def mpjpe(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 def joint_mean(values: np.ndarray) -> float:
     """The mean over samples for each joint, then over the joints that have one: HRNet's order.
 
+    Of `heatmaps.found` it is `heatmaps.accuracy`, but nan, not 0, where nothing counts.
     values: (..., J); nan is left out.  Returns nan where nothing is left.
     """
     return float(_over_joints(*_joint_sums(values[None]))[0])

@@ -1,5 +1,6 @@
-"""Heatmaps: HRNet's accuracy and decoding against literal loops, the renderer against its formula."""
+"""Heatmaps: HRNet's accuracy, decoding, targets and loss as its code has them, the renderer as its formula."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,14 +15,13 @@ from epiutils.heatmaps import (
     STRIDE,
     accuracy,
     decode,
+    found,
     hit_loss,
     hrnet_targets,
     joints_mse,
-    pck,
-    position_cross_entropy,
     render,
 )
-from epiutils.metrics import found
+from epiutils.networks.training import maps_loss
 
 SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 
@@ -29,25 +29,17 @@ SHAPES = [(64, 48), (20, 33), (50, 100), (7, 5)]
 # HRNet's lib/core/evaluate.py, written out as it is
 
 
-def hrnet_max_preds(batch_heatmaps):
-    batch, joints, _, width = batch_heatmaps.shape
-    preds = np.zeros((batch, joints, 2), np.float32)
-    for n, c in np.ndindex(batch, joints):
-        flat = batch_heatmaps[n, c].reshape(-1)
-        idx = np.float32(np.argmax(flat))
-        mask = np.float32(np.greater(np.amax(flat), 0.0))
-        preds[n, c] = idx % width * mask, np.floor(idx / width) * mask
-    return preds
-
-
 def hrnet_dists(output, target):
-    pred, target = hrnet_max_preds(output), hrnet_max_preds(target)
-    h, w = output.shape[2], output.shape[3]
-    norm = np.ones((pred.shape[0], 2)) * np.array([h, w]) / 10
-    dists = np.full((pred.shape[1], pred.shape[0]), -1.0)
-    for n, c in np.ndindex(*pred.shape[:2]):
-        if target[n, c, 0] > 1 and target[n, c, 1] > 1:
-            dists[c, n] = np.linalg.norm(pred[n, c, :] / norm[n] - target[n, c, :] / norm[n])
+    preds = np.zeros((2, *output.shape[:2], 2), np.float32)
+    for k, n, c in np.ndindex(preds.shape[:3]):
+        flat = (output, target)[k][n, c].reshape(-1)
+        idx, mask = np.float32(np.argmax(flat)), np.float32(np.greater(np.amax(flat), 0.0))
+        preds[k, n, c] = idx % output.shape[3] * mask, np.floor(idx / output.shape[3]) * mask
+    norm, (pred, true) = np.array(output.shape[2:]) / 10, preds
+    dists = np.full((output.shape[1], output.shape[0]), -1.0)
+    for n, c in np.ndindex(*output.shape[:2]):
+        if true[n, c, 0] > 1 and true[n, c, 1] > 1:
+            dists[c, n] = np.linalg.norm(pred[n, c, :] / norm - true[n, c, :] / norm)
     return dists
 
 
@@ -55,17 +47,10 @@ def hrnet_accuracy(output, target):
     avg_acc, cnt = 0, 0
     for dists in hrnet_dists(output, target):
         dist_cal = np.not_equal(dists, -1)
-        num_dist_cal = dist_cal.sum()
-        acc = np.less(dists[dist_cal], 0.5).sum() * 1.0 / num_dist_cal if num_dist_cal > 0 else -1
-        if acc >= 0:
-            avg_acc = avg_acc + acc
+        if dist_cal.sum() > 0:
+            avg_acc += np.less(dists[dist_cal], 0.5).sum() * 1.0 / dist_cal.sum()
             cnt += 1
     return avg_acc / cnt if cnt != 0 else 0
-
-
-def pooled(output, target):
-    right = [d < 0.5 for d in hrnet_dists(output, target).ravel() if d != -1]
-    return sum(right) / len(right) if right else math.nan
 
 
 def one_hot(shape, points, height=1.0):
@@ -77,17 +62,18 @@ def one_hot(shape, points, height=1.0):
 
 
 def assert_hrnets(output, target):
-    expected = hrnet_accuracy(output, target)
-    assert accuracy(output, target) == expected
-    assert accuracy(torch.from_numpy(output), torch.from_numpy(target)) == expected
-    np.testing.assert_equal(pck(output, target), pooled(output, target))
+    dists = hrnet_dists(output, target).T
+    for given_as in (np.asarray, torch.from_numpy):
+        maps = given_as(output), given_as(target)
+        assert accuracy(*maps) == hrnet_accuracy(output, target)
+        np.testing.assert_array_equal(found(*maps), np.where(dists == -1, np.nan, dists < 0.5))
 
 
 @settings(derandomize=True, deadline=None, max_examples=120, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    batch=st.integers(1, 5),
-    joints=st.integers(1, 6),
+    batch=st.integers(1, 7),
+    joints=st.sampled_from([1, 2, 6, 17]),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)).filter(lambda s: s[0] != s[1]),
     dtype=st.sampled_from([np.float32, np.float64, np.float16]),
     levels=st.sampled_from([2, 5, 1000]),  # with few levels, ties
@@ -98,10 +84,9 @@ def test_accuracy_is_hrnets_to_the_last_digit(seed, batch, joints, shape, dtype,
     rng = np.random.default_rng(seed)
     target = rng.integers(-levels, levels, (batch, joints, *shape)).astype(dtype)
     output = rng.integers(-levels, levels, target.shape).astype(dtype)
-    if near:  # peaks near the right ones, so that about half of them count
-        shift = rng.integers(-3, 4, 2)
-        output = np.roll(target, shift, (2, 3))
     some = rng.random((batch, joints)) < 0.5
+    if near:  # peaks at and near the right ones, so that more than half of them count
+        output = np.where(some[..., None, None], target, np.roll(target, rng.integers(-3, 4, 2), (2, 3)))
     if odd == "all-negative":
         output[some] = -np.abs(output[some]) - 1
     if odd == "all-zero target":
@@ -114,54 +99,39 @@ def test_accuracy_is_hrnets_to_the_last_digit(seed, batch, joints, shape, dtype,
     assert_hrnets(output, target)
 
 
-@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (30, 50), (100, 60), (21, 17)])
-def test_every_displacement_counts_as_hrnets_does_at_the_edge_of_half_a_tenth(shape):
-    rng = np.random.default_rng(0)
-    centre = np.array(shape[::-1]) // 2
-    dx, dy = np.meshgrid(np.arange(-6, 7), np.arange(-6, 7))
-    points = centre + np.stack([dx, dy], -1).reshape(-1, 2)
-    keep = ((points >= 0) & (points < shape[::-1])).all(1)
-    for point in points[keep]:
-        assert_hrnets(one_hot(shape, [point]), one_hot(shape, [centre + rng.integers(0, 2, 2)]))
+@pytest.mark.parametrize("shape", [(64, 48), (30, 50), (60, 44), (140, 36), (44, 60), (36, 140)])
+def test_every_displacement_counts_as_for_hrnet_also_where_rounding_decides_at_exactly_half_a_tenth(shape):
+    steps = np.array([s for s in itertools.product(range(-7, 8), repeat=2) if 0 in s or abs(s[0]) == abs(s[1])])
+    true = np.arange(2, min(shape))[:, None, None].repeat(len(steps), 1).repeat(2, 2)
+    inside = ((true + steps >= 0) & (true + steps < shape[::-1])).all(-1)
+    maps = one_hot(shape, (true + steps)[inside]), one_hot(shape, true[inside])
+    assert_hrnets(*maps)
+    ties = (d := hrnet_dists(*maps))[np.abs(d - 0.5) < 1e-6]
+    assert max(shape) % 20 or 0 < (ties < 0.5).mean() < 1, "else no rounding is tested"
 
 
-@pytest.mark.parametrize("shape", [(60, 44), (140, 36), (44, 60), (36, 140)])
-def test_at_exactly_half_a_tenth_rounding_decides_as_it_does_for_hrnet(shape):
-    along_x = shape[0] > shape[1]  # where a unit is a whole number, 6 or 14
-    step = max(shape) // 20
-    steps = np.arange(2, min(shape) - step)
-    still = np.full_like(steps, 9)
-    target = np.stack([steps, still] if along_x else [still, steps], -1)
-    output = target + ((step, 0) if along_x else (0, step))
-    outcomes = hrnet_dists(one_hot(shape, output), one_hot(shape, target)) < 0.5
-    assert outcomes.any() and not outcomes.all(), "else no rounding is tested"
-    for o, t in zip(output, target, strict=True):
-        assert_hrnets(one_hot(shape, [o]), one_hot(shape, [t]))
+@pytest.mark.parametrize(
+    "shape, true, point, right",
+    [  # (100, 40): units of 10 px along x and of 4 px along y, HRNet's own order
+        ((100, 40), (20, 50), (24, 50), 1),
+        ((100, 40), (20, 50), (20, 54), 0),
+        ((40, 60), (20, 20), (22, 20), 0),
+        ((40, 60), (20, 20), (21, 20), 1),
+        ((40, 60), (2, 2), (2, 2), 1),
+        ((40, 60), (1, 9), (1, 9), math.nan),
+        ((40, 60), (9, 1), (9, 1), math.nan),
+    ],
+)
+def test_a_joint_is_right_within_half_a_tenth_of_the_height_for_x_and_of_the_width_for_y(shape, true, point, right):
+    np.testing.assert_array_equal(found(one_hot(shape, [point]), one_hot(shape, [true])), [[right]])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_last_digit_of_a_mean_over_many_joints_is_hrnets(seed):
-    rng = np.random.default_rng(seed)
-    target = rng.random((7, 17, 24, 18))
-    output = np.where(rng.random((7, 17, 1, 1)) < 0.5, target, rng.random(target.shape))
-    assert_hrnets(output, target)
-
-
-def test_half_a_tenth_of_the_height_for_x_and_of_the_width_for_y_is_just_too_far():
-    target = one_hot((100, 40), [(20, 50)])  # units of 10 px along x and of 4 px along y: HRNet's own order
-    assert (
-        accuracy(one_hot((100, 40), [(24, 50)]), target) == 1 and accuracy(one_hot((100, 40), [(20, 54)]), target) == 0
-    )
-    target = one_hot((40, 60), [(20, 20)])
-    assert accuracy(one_hot((40, 60), [(22, 20)]), target) == 0 and accuracy(one_hot((40, 60), [(21, 20)]), target) == 1
-
-
-def test_the_accuracy_averages_over_joints_and_pck_over_all_that_counts():
+def test_the_accuracy_averages_over_joints_not_over_all_that_counts():
     target = np.concatenate([one_hot((40, 60), [(20, 20), p, (0, 0)]) for p in ((20, 20), (0, 0), (0, 0))])
     output = np.concatenate([one_hot((40, 60), [p, (20, 20), (5, 5)]) for p in ((20, 20), (40, 20), (1, 39))])
     assert accuracy(output, target) == (1 / 3 + 1) / 2  # joint 0: 1 of 3, joint 1: 1 of 1, joint 2: left out
-    assert pck(output, target) == 2 / 4
-    assert accuracy(output, 0 * target) == 0 and math.isnan(pck(output, 0 * target))  # nothing counts
+    assert np.nanmean(found(output, target)) == 2 / 4
+    assert accuracy(output, 0 * target) == 0 and np.isnan(found(output, 0 * target)).all()  # nothing counts
 
 
 def test_accuracy_takes_tensors_that_are_tracked_or_strided_and_changes_nothing():
@@ -171,7 +141,7 @@ def test_accuracy_takes_tensors_that_are_tracked_or_strided_and_changes_nothing(
     assert torch.equal(output.detach(), before[0]) and torch.equal(target, before[1])
 
 
-@pytest.mark.parametrize("score", [accuracy, pck])
+@pytest.mark.parametrize("score", [accuracy, found])
 @pytest.mark.parametrize(
     "shapes", [((1, 2, 8, 6), (1, 2, 6, 8)), ((2, 8, 6), (2, 8, 6)), ((0, 2, 8, 6), (0, 2, 8, 6))], ids=str
 )
@@ -221,41 +191,35 @@ LITERAL = {"argmax": literal_argmax, "quarter": literal_quarter, "dark": literal
 
 
 @pytest.mark.parametrize("method", LITERAL)
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 4), (2, 7), (1, 5)])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4), (2, 7), (1, 5), (4, 6), (6, 5)])
 def test_decoding_is_that_of_literal_loops(shape, method):
     rng = np.random.default_rng(3)
-    maps = rng.normal(size=(60, *shape))
+    maps = rng.normal(size=(100, *shape))
     maps[20:40] = rng.integers(-2, 3, (20, *shape))  # ties, in the peak and beside it
     y, x = rng.integers(shape[0], size=20), rng.integers(shape[1], size=20)
-    maps[40:] += render(torch.tensor(np.stack([x, y], -1)), shape, peak=9.0).numpy()
-    maps[50] = -np.abs(maps[50]) - 1
-    maps[51] = 0
+    maps[40:60] += render(torch.tensor(np.stack([x, y], -1)), shape, peak=9.0).numpy()
+    y, x = np.divmod(np.arange(40) % math.prod(shape), shape[1])  # of small maps each pixel, at every border
+    maps[60:] = render(torch.tensor(np.stack([x + 0.2, y - 0.3], -1)), shape).numpy()
+    maps[50], maps[51] = -np.abs(maps[50]) - 1, 0
     points, heights = decode(torch.from_numpy(maps), method)
     np.testing.assert_allclose(points, [LITERAL[method](m) for m in maps], rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(heights, maps.max((1, 2)))
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (6, 5)])
-@pytest.mark.parametrize("method", LITERAL)
-def test_peaks_are_refined_only_as_far_from_each_border_as_hrnet_does(shape, method):
-    for y, x in np.ndindex(*shape):
-        hm = render(torch.tensor([x + 0.2, y - 0.3], dtype=torch.float64), shape)
-        np.testing.assert_allclose(decode(hm, method)[0], LITERAL[method](hm.numpy()), atol=1e-9)
-
-
 @pytest.mark.parametrize("sigma", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_dark_is_exact_for_gaussians_of_any_orientation_between_pixels(seed, sigma):
+def test_decoding_finds_what_was_rendered_and_dark_gaussians_of_any_orientation_exactly(seed, sigma):
     rng = np.random.default_rng(seed)
     true = rng.uniform((8, 8), (24, 36), (20, 2))[:, ::-1].copy()  # (x, y) within H, W = 32, 44
-    points, _ = decode(render(torch.from_numpy(true), (32, 44), sigma, peak=0.7), "dark")
-    np.testing.assert_allclose(points, true, atol=1e-6)
+    for method, limit in (("argmax", 0.5), ("quarter", 0.25), ("dark", 1e-6)):
+        points, heights = decode(render(torch.from_numpy(true), (32, 44), sigma, peak=0.7), method)
+        np.testing.assert_allclose(points, true, rtol=0, atol=limit)
+        assert (heights > 0.5).all() and (heights <= 0.7).all()
     L = np.array([[1, 0], [rng.uniform(-0.7, 0.7), rng.uniform(0.7, 1.4)]]) / sigma
     yy, xx = np.mgrid[:32, :44]
-    for x, y in true:
-        d = np.stack([xx - x, yy - y], -1) @ L.T
-        hm = torch.from_numpy(np.exp(-(d**2).sum(-1) / 2))
-        np.testing.assert_allclose(decode(hm, "dark")[0], (x, y), atol=1e-6)
+    d = np.stack([xx - true[:, 0, None, None], yy - true[:, 1, None, None]], -1) @ L.T
+    turned = torch.from_numpy(np.exp(-(d**2).sum(-1) / 2))
+    np.testing.assert_allclose(decode(turned, "dark")[0], true, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", LITERAL)
@@ -272,35 +236,25 @@ def test_decoding_keeps_leading_dimensions_dtype_and_input(method, dtype):
 # Rendering and pixels
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
-def test_rendering_is_the_gaussian_of_its_formula(shape, sigma):
+def test_rendering_is_the_gaussian_of_its_formula_and_zero_for_an_unknown_point(shape, sigma, dtype):
     rng = np.random.default_rng(0)
-    points, peaks = rng.uniform(-10, 50, (2, 3, 2)), rng.uniform(0.1, 2, (2, 3))
-    maps = render(torch.from_numpy(points), shape, sigma, torch.from_numpy(peaks))
-    assert maps.shape == (2, 3, *shape)
-    for b, j, y, x in zip(*(rng.integers(n, size=200) for n in maps.shape), strict=True):
-        px, py = points[b, j]
-        value = peaks[b, j] * math.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * sigma**2))
-        assert math.isclose(maps[b, j, y, x], value, rel_tol=1e-9, abs_tol=1e-300)
-
-
-@pytest.mark.parametrize("method", ["argmax", "quarter", "dark"])
-def test_decoding_finds_what_was_rendered(method):
-    rng = np.random.default_rng(1)
-    points = torch.from_numpy(rng.uniform((4, 4), (30, 50), (5, 7, 2)))
-    found, heights = decode(render(points, (56, 36), peak=0.8), method)
-    limit = {"argmax": 0.5, "quarter": 0.25, "dark": 1e-6}[method]
-    assert (found - points).abs().max() <= limit and (heights > 0.7).all() and (heights <= 0.8).all()
-
-
-def test_an_unknown_point_gives_zeros_and_maps_follow_the_dtype_of_their_points():
-    maps = render(torch.tensor([[math.nan, math.nan], [math.nan, 3.0], [2.0, math.nan], [2.0, 3.0]]), (6, 9))
-    assert maps.flatten(1).sum(1).gt(0).tolist() == [False, False, False, True] and maps.isfinite().all()
-    points = torch.tensor([[2.0, 3.0]], dtype=torch.float32)
-    assert render(points, (6, 9)).dtype == torch.float32 and render(points.double(), (6, 9)).dtype == torch.float64
-    torch.testing.assert_close(render(torch.tensor([[2, 3]]), (6, 9)), render(points.double(), (6, 9)))
-    assert torch.equal(points, torch.tensor([[2.0, 3.0]]))
+    points, peaks = (
+        torch.tensor(rng.uniform(-10, 50, (2, 4, 2)), dtype=dtype),
+        torch.tensor(rng.uniform(0.1, 2, (2, 4))),
+    )
+    whole, points[1, 2:, 0], points[0, 3] = points.round(), math.nan, math.nan
+    before = points.clone()
+    maps, precision = render(points, shape, sigma, peaks), 1e-9 if dtype == torch.float64 else 1e-4
+    assert maps.shape == (2, 4, *shape) and maps.dtype == dtype
+    yy, xx = np.mgrid[: shape[0], : shape[1]]
+    for (px, py), peak, each in zip(points.flatten(0, 1).tolist(), peaks.flatten(), maps.flatten(0, 1), strict=True):
+        expected = peak.item() * np.exp(-((xx - px) ** 2 + (yy - py) ** 2) / (2 * sigma**2))
+        np.testing.assert_allclose(each, np.nan_to_num(expected), rtol=precision, atol=1e-30)
+    torch.testing.assert_close(points, before, equal_nan=True)
+    torch.testing.assert_close(render(whole.long(), shape), render(whole.double(), shape))  # integers are points too
 
 
 def test_an_unknown_decoder_and_a_sigma_that_is_not_positive_are_refused():
@@ -350,44 +304,42 @@ def test_targets_are_hrnets(shape, seed):
     joints = rng.uniform(-60, 4 * max(shape) + 60, (200, 2))
     joints[:60] = np.round(joints[:60] / 2) * 2  # halves of a heatmap pixel, where rounding decides
     joints[60:90, 0] = rng.choice([-32, -30, -28, -26, -24, -2, 0, 4 * shape[1], 4 * shape[1] + 22], 30)
-    target, weight = hrnet_targets(torch.from_numpy(joints), shape)
     expected, expected_weight = hrnet_target(joints, np.ones(200), shape)
-    np.testing.assert_array_equal(weight, expected_weight)
-    np.testing.assert_allclose(target, expected, rtol=0, atol=1e-7)
-    assert target.dtype == torch.float32 and 0 < expected_weight.mean() < 1
-
-
-def test_targets_of_unknown_joints_and_leading_dimensions():
-    joints = torch.tensor([[[40.0, 80.0], [math.nan, 8.0]], [[100.0, 20.0], [8.0, math.inf]]])
-    target, weight = hrnet_targets(joints, (30, 50))
-    assert weight.tolist() == [[1, 0], [1, 0]]
-    assert target.shape == (2, 2, 30, 50) and not target[:, 1].any()
-    assert target[0, 0].argmax() == 20 * 50 + 10 and target[1, 0].argmax() == 5 * 50 + 25
+    joints[::9, seed % 2] = rng.choice([math.nan, math.inf], 23)  # unknown ones
+    expected[::9], expected_weight[::9] = 0, 0
+    target, weight = hrnet_targets(torch.from_numpy(joints).reshape(4, 50, 2), shape)
+    np.testing.assert_array_equal(weight.flatten(), expected_weight)
+    np.testing.assert_allclose(target.flatten(0, 1), expected, rtol=0, atol=1e-7)
+    assert target.dtype == weight.dtype == torch.float32 and 0 < expected_weight.mean() < 1
 
 
 def test_the_loss_is_hrnets():
     """lib/core/loss.py: for each joint half the MSE of the weighed maps, then the mean over joints."""
     rng = np.random.default_rng(0)
-    output, target = (torch.from_numpy(rng.uniform(0, 1, (3, 5, 8, 6))) for _ in range(2))
-    weight = torch.tensor(rng.integers(0, 2, (3, 5)), dtype=torch.float64)
-    weighed = [[(m[:, j] * weight[:, j, None, None]).numpy() for m in (output, target)] for j in range(5)]
+    (output, target), weight = rng.uniform(0, 1, (2, 3, 5, 8, 6)), rng.integers(0, 2, (3, 5)).astype(float)
+    weighed = [[m[:, j] * weight[:, j, None, None] for m in (output, target)] for j in range(5)]
     expected = np.mean([0.5 * ((a - b) ** 2).mean() for a, b in weighed])
-    assert joints_mse(output, target, weight).item() == pytest.approx(expected, rel=1e-12)
+    assert joints_mse(*map(torch.from_numpy, (output, target, weight))).item() == pytest.approx(expected, rel=1e-12)
     target, weight = hrnet_targets(torch.tensor([[[128.0, 128.0]]]), (64, 64))  # all-zero maps cost what it holds
     assert joints_mse(torch.zeros_like(target), target, weight).item() == pytest.approx(0.00153, rel=0.01)
 
 
+def position_cross_entropy(output, target, weight):
+    """The part of the training's loss that fades, which begins at a half of it."""
+    begin, half, end = (maps_loss(output, {"target": target, "weight": weight}, done) for done in (0, 0.5, 1))
+    torch.testing.assert_close(end, 100 * joints_mse(output, target, weight))
+    torch.testing.assert_close(half, (begin + end) / 2)
+    return 2 * (begin - end)
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_cross_entropy_is_a_divergence_of_pixel_distributions(seed):
+def test_the_training_adds_a_divergence_of_pixel_distributions_that_fades(seed):
     generator = torch.Generator().manual_seed(seed)
     output, target = (torch.rand(2, 3, 9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     weight = torch.tensor([[1.0, 0, 1], [1, 1, 0]])
-    values = []
-    for b, j in np.ndindex(2, 3):
-        p, q = (np.exp(10 * m[b, j].numpy()) for m in (output, target))
-        p, q = p / p.sum(), q / q.sum()
-        values.append((q * np.log(q / p)).sum())
-    expected = np.array(values)[weight.flatten().bool().numpy()].mean()
+    p, q = (np.exp(10 * m[weight > 0].numpy()) for m in (output, target))
+    p, q = (m / m.sum((1, 2), keepdims=True) for m in (p, q))
+    expected = (q * np.log(q / p)).sum((1, 2)).mean()
     assert position_cross_entropy(output, target, weight).item() == pytest.approx(expected, rel=1e-4)
     assert position_cross_entropy(target + 3.7, target, weight).item() == pytest.approx(0, abs=1e-5)
     assert expected > 0.1
@@ -433,7 +385,7 @@ def test_the_hit_loss_is_that_of_all_pixels_that_the_accuracy_counts_right(shape
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_hit_losss_gradient_moves_probability_into_the_place(seed):
-    """It is p − p(x | right), zero in sum, and what finite differences give."""
+    """It is p − p(x | right), zero in sum."""
     rng, shape = np.random.default_rng(seed), (16, 23)
     target = torch.from_numpy(one_hot(shape, [(rng.integers(2, 23), rng.integers(2, 16)) for _ in range(3)]))
     logits = torch.from_numpy(rng.normal(0, 2, target.shape)).requires_grad_()
@@ -442,27 +394,10 @@ def test_the_hit_losss_gradient_moves_probability_into_the_place(seed):
         p = torch.softmax(logits[0, j].detach().flatten(), 0).reshape(shape).numpy()
         inside = np.where(counted_right(target[0, j]), p, 0)
         np.testing.assert_allclose(logits.grad[0, j], share * (p - inside / inside.sum()), rtol=1e-4, atol=1e-6)
-    weight = torch.tensor([[1.0, 1, 1]])
-    loss = lambda z: hit_loss(z, target, weight)
+    loss = lambda z: hit_loss(z, target, torch.ones(1, 3))
     assert torch.autograd.gradcheck(loss, logits, eps=0.1, atol=2e-3, rtol=0.05, fast_mode=True)  # single precision
-
-
-def test_the_hit_loss_asks_for_a_place_and_not_for_a_shape():
-    target = torch.from_numpy(one_hot((30, 44), [(20, 10)]))
-    weight = torch.ones(1, 1)
-    near, far = (100 * torch.from_numpy(one_hot((30, 44), [point])) for point in ((21, 11), (24, 10)))
-    assert hit_loss(near, target, weight) < 1e-6 and hit_loss(far, target, weight) > 90
-    assert hit_loss(near / 100, target, weight) > 1  # as sharp as the logits are
-    share = counted_right(target[0, 0]).sum() / (30 * 44)
-    assert hit_loss(0 * near, target, weight).item() == pytest.approx(-math.log(share), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_hit_loss_of_joints_that_do_not_weigh_is_zero(dtype):
-    target = torch.from_numpy(one_hot((30, 44), [(20, 10), (5, 6)]))
-    logits = torch.randn(target.shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    none = hit_loss(logits, target, torch.zeros(1, 2))
-    none.backward()
-    assert none == 0 and not logits.grad.any()
-    empty = hit_loss(logits, 0 * target, torch.tensor([[1.0, 0]]))  # a map without a peak has it at (0, 0)
-    assert torch.isfinite(empty)
+    for other in (logits.detach().bfloat16(), logits.detach()):  # joints that do not weigh give nothing
+        none = hit_loss(other.requires_grad_(), target, torch.zeros(1, 3))
+        none.backward()
+        assert none == 0 and not other.grad.any()
+        assert torch.isfinite(hit_loss(other, 0 * target, torch.tensor([[1.0, 0, 0]])))  # a map without a peak

@@ -8,7 +8,7 @@ from scenes import made_up
 from epiutils.data import people
 from epiutils.epipolar import epipoles, point_line_distance
 from epiutils.fusion import RepairedFusion
-from epiutils.metrics import found
+from epiutils.heatmaps import found
 from epiutils.studies.limits import FOCAL, _by_views, _claimed, _hide, _shifted, _with_oracle, once, other_rig
 from epiutils.studies.predicted import found_by
 

@@ -5,26 +5,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from scenes import found_literally
+from rigs import random_maps
 from scipy import stats
 
-from epiutils.heatmaps import accuracy, pck
-from epiutils.metrics import bootstrap, found, joint_mean, mpjpe
-
-SHAPE = (40, 66)
-
-
-def maps(seed, batch=9, joints=5, moved=3):
-    """Targets of one peak each, and outputs whose peaks are up to `moved` px off each way: a third are right."""
-    rng = np.random.default_rng(seed)
-    target, output = np.zeros((2, batch, joints, *SHAPE), np.float32)
-    for b, j in np.ndindex(batch, joints):
-        y, x = rng.integers(0, SHAPE)
-        dy, dx = rng.integers(-moved, moved + 1, 2)
-        target[b, j, y, x] = 1
-        output[b, j, min(max(y + dy, 0), SHAPE[0] - 1), min(max(x + dx, 0), SHAPE[1] - 1)] = 0.3
-    return output, target
+from epiutils.heatmaps import accuracy, found
+from epiutils.metrics import bootstrap, joint_mean, mpjpe
 
 
 def literal_joint_mean(values):
@@ -49,33 +34,7 @@ def every_resample(values, against=None):
     return np.sort([s for s in scores if not math.isnan(s)])
 
 
-# Which joints are found
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_found_is_hrnets_rule_its_joint_mean_accuracy_and_its_plain_mean_pck(seed):
-    output, target = maps(seed)
-    right, tensors = found(output, target), (torch.from_numpy(output), torch.from_numpy(target))
-    np.testing.assert_array_equal(right, found_literally(*tensors))
-    np.testing.assert_array_equal(found(*tensors), right)
-    assert set(right[~np.isnan(right)]) == {0, 1} and np.isnan(right).any()
-    target[:, 1] = 0  # a joint without samples
-    target[:6, 2], output[:, 2] = 0, 0  # and one with few, all wrong, so that the two means differ
-    right = found(output, target)
-    assert joint_mean(right) == pytest.approx(accuracy(output, target), abs=1e-12)
-    assert np.nanmean(right) == pytest.approx(pck(output, target), abs=1e-12)
-    assert abs(joint_mean(right) - np.nanmean(right)) > 1e-3
-
-
-def test_a_joint_that_is_not_counted_is_neither_right_nor_wrong_and_of_none_there_is_no_number():
-    output, target = np.zeros((2, 1, 4, *SHAPE), np.float32)
-    for j, (y, x) in enumerate([(9, 1), (1, 9), (2, 2)]):  # x ≤ 1, y ≤ 1, counted, and an empty target
-        output[0, j, y, x] = target[0, j, y, x] = 1
-    np.testing.assert_array_equal(found(output, target), [[math.nan, math.nan, 1, math.nan]])
-    nothing = found(*np.zeros((2, 3, 4, *SHAPE)))
-    assert nothing.shape == (3, 4) and np.isnan(nothing).all()
-    assert math.isnan(joint_mean(nothing)) and math.isnan(joint_mean(np.empty((0, 4))))
-    assert all(math.isnan(end) for ends in (bootstrap(nothing), bootstrap(nothing, np.ones((3, 4)))) for end in ends)
+# Means
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 3), (6, 2, 5), (2, 3, 4, 2)])
@@ -91,19 +50,25 @@ def test_joint_mean_is_the_literal_one_whatever_leads(shape):
     assert joint_mean(values) == 0.5  # every joint weighs the same, however often it is counted
 
 
+def test_the_joint_mean_of_what_is_found_is_the_accuracy_and_of_nothing_there_is_no_number():
+    target = random_maps(9, 5, 20, 30)
+    output = target.clone()
+    output[::2] = random_maps(5, 5, 20, 30, seed=1)
+    target[:6, 2] = target[:, 1] = 0  # a joint with few samples, and one without
+    right = found(output, target)
+    assert joint_mean(right) == pytest.approx(accuracy(output, target), abs=1e-12)
+    assert abs(joint_mean(right) - np.nanmean(right)) > 1e-3
+    nothing = np.full((3, 4), math.nan)
+    assert math.isnan(joint_mean(nothing)) and math.isnan(joint_mean(np.empty((0, 4))))
+    assert np.isnan([bootstrap(nothing), bootstrap(nothing, np.ones((3, 4)))]).all()
+
+
 # Poses in space
-
-
-def poses(seed, *leads, joints=7, sigma=0.1):
-    """True poses (..., J, 3) in metres, and predictions that are off by about sigma."""
-    rng = np.random.default_rng(seed)
-    true = rng.normal(0, 0.5, (*leads, joints, 3)) + rng.normal(0, 2, (*leads, 1, 3))
-    return true + rng.normal(0, sigma, true.shape), true
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mpjpe_is_the_distance_in_the_unit_given(seed):
-    predicted, true = poses(seed, 4, 2)
+    predicted, true = np.random.default_rng(seed).normal(0, 2, (2, 4, 2, 7, 3))
     predicted[1, 0, 2], true[3, 1, 4, 1] = math.nan, math.nan
     values = mpjpe(predicted, true)
     assert values.shape == (4, 2, 7) and np.isnan(values).sum() == 2
@@ -215,14 +180,11 @@ def test_one_scene_has_no_spread_nor_have_two_of_which_one_counts_nothing_and_a_
 
 def test_the_seed_alone_decides():
     values = outcomes(4)
-    before = values.copy()
-    state = np.random.get_state()[1].copy()
+    before, state = values.copy(), np.random.get_state()[1].copy()
     assert bootstrap(values) == bootstrap(values, seed=0) != bootstrap(values, seed=1)
     np.testing.assert_array_equal(values, before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
     assert all(type(end) is float for end in bootstrap(values))
-    widths = [np.diff(bootstrap(values, draws=4000, seed=seed))[0] for seed in range(4)]
-    assert np.ptp(widths) < 0.15 * np.mean(widths)
 
 
 @pytest.mark.parametrize("paired", [False, True])

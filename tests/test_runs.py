@@ -8,7 +8,7 @@ import torch
 from scenes import JOINTS, made_up, repaired
 
 from epiutils.fusion import OriginalFusion, RepairedFusion, SimpleFusion
-from epiutils.metrics import found
+from epiutils.heatmaps import found
 from epiutils.studies import runs, search
 from epiutils.studies.fitting import ViewPairs, train_pairs
 from epiutils.studies.predicted import found_by

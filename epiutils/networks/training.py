@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from epiutils.data.dataset import SPLITS, Augmentation, Benchmark, MultiView
 from epiutils.data.human36m import Human36M
 from epiutils.data.views import JOINTS, Predicted
-from epiutils.heatmaps import accuracy, joints_mse, pck, position_cross_entropy
+from epiutils.heatmaps import accuracy, found, joints_mse
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
 from epiutils.networks.loop import Settings, make_accelerator, train
 from epiutils.networks.predict import device_name, predict
@@ -43,7 +43,21 @@ def maps_loss(maps: Tensor, batch: dict[str, Tensor], done: float) -> Tensor:
     once and has its least value at the same maps.  maps: (B, V, J, h, w).  done: 0 to 1, of the training.
     """
     truth, fades = (batch["target"], batch["weight"]), 0.5 * (1 + math.cos(math.pi * done))
-    return 100 * joints_mse(maps, *truth) + 0.5 * fades * position_cross_entropy(maps, *truth)
+    return 100 * joints_mse(maps, *truth) + 0.5 * fades * _position_cross_entropy(maps, *truth)
+
+
+def _position_cross_entropy(output: Tensor, target: Tensor, weight: Tensor, sharpness: float = 10.0) -> Tensor:
+    """Cross-entropy between pixel distributions: −Σ q log p, p = softmax(β output), q = softmax(β target).
+
+    q's own entropy is subtracted, so that the least is 0, where output = target + constant: there the MSE is least
+    too, but unlike the MSE it has no plateau at the all-zero map.  Averaged over the joints with weight > 0.
+
+    output, target: (..., J, H, W).  weight: (..., J).  sharpness: β.  Returns a scalar.
+    """
+    log_p = nn.functional.log_softmax(sharpness * output.float().flatten(-2), -1)  # (..., J, H·W)
+    log_q = nn.functional.log_softmax(sharpness * target.float().flatten(-2), -1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (divergence * weight).sum() / weight.sum().clamp_min(1)
 
 
 def train_pose(
@@ -64,10 +78,17 @@ def _scores(predicted: Predicted) -> dict[str, float]:
     hidden, seen = (target * chosen[..., None, None] for chosen in (~visible, visible))
     return {
         "accuracy": accuracy(output, target),
-        "pck": pck(output, target),
-        "pck_visible": pck(output, seen),
-        "pck_occluded": pck(output, hidden),
+        "pck": _pck(output, target),
+        "pck_visible": _pck(output, seen),
+        "pck_occluded": _pck(output, hidden),
     }
+
+
+def _pck(output: Tensor, target: Tensor) -> float:
+    """Pooled PCK: the share of all counted joints that are `found`, each joint of each sample once; nan where none is."""
+    right = found(output, target)
+    right = right[~np.isnan(right)]
+    return float(right.mean()) if len(right) else float("nan")
 
 
 def main(arguments: list[str] | None = None) -> int:

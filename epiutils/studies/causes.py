@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from epiutils.data.views import Predicted
 from epiutils.epipolar import epipolar_lines
-from epiutils.heatmaps import decode, hrnet_distances
-from epiutils.metrics import found
+from epiutils.heatmaps import decode, found
 from epiutils.networks.loop import batches
 from epiutils.redirect import Pencil
 from epiutils.studies.fitting import PAIRS
@@ -169,7 +168,7 @@ class Pairs:
         sigmoid: bool = False,
         collect: str = "sum",
     ) -> np.ndarray:
-        """Which joints the original module finds with each of S kernels: (S, N, K, J), see `metrics.found`.
+        """Which joints the original module finds with each of S kernels: (S, N, K, J), see `heatmaps.found`.
 
         weights: (S, 3, 3), or (S, 9); or (S, J, 3, 3), a kernel for each joint.  per_band: see `NormalEquations.of`.
         A number is the gain of a single weight in the middle: (N, K, J), from `ridges` that are kept, so that the next
@@ -180,7 +179,7 @@ class Pairs:
             right = [found(self.fused(weights, threshold, collect, sigmoid, c), self.target[c]) for c in chunks]
             return np.concatenate(right).reshape(*self.chosen.shape[:2], -1)
         weights = torch.as_tensor(weights, dtype=self.predicted.output.dtype)
-        depends = [Pairs, Pencil, found, hrnet_distances, self.known, weights, threshold, per_band, sigmoid]
+        depends = [Pairs, Pencil, found, self.known, weights, threshold, per_band, sigmoid]
         make = lambda: {"found": torch.from_numpy(self._score(weights, threshold, per_band, sigmoid)).half()}
         return kept("found", depends, make)["found"].double().numpy()  # of 1, 0 and nan
 

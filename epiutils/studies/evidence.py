@@ -84,7 +84,7 @@ def in_space(
 
 
 def _evaluated(point: str, flip: bool = False) -> dict[str, dict[str, np.ndarray]]:
-    """Each method on all instants of the test: found (N, V, J), see `metrics.found`, and mm (N, J) from the truth.
+    """Each method on all instants of the test: found (N, V, J), see `heatmaps.found`, and mm (N, J) from the truth.
 
     "hrnet" and "repaired": HRNet's peaks and the frozen module's, triangulated by plain DLT.  All others are points
     projected back into every view, hidden or not: "robust_reprojected", HRNet's peaks by robust triangulation, nothing

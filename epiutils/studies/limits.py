@@ -20,8 +20,8 @@ from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.views import Predicted, View
 from epiutils.epipolar import transfer
 from epiutils.fusion import RepairedFusion, pairs
-from epiutils.heatmaps import STRIDE, probabilities
-from epiutils.metrics import found, joint_mean
+from epiutils.heatmaps import STRIDE, found, probabilities
+from epiutils.metrics import joint_mean
 from epiutils.networks.hrnet import load_checkpoint
 from epiutils.networks.predict import predict
 from epiutils.redirect import Pencil

@@ -29,8 +29,8 @@ from epiutils.data.human36m import Human36M
 from epiutils.data.views import JOINTS, Predicted
 from epiutils.epipolar import fundamental_from_cameras
 from epiutils.fusion import OriginalFusion
-from epiutils.heatmaps import STRIDE, decode, hrnet_targets, probabilities
-from epiutils.metrics import bootstrap, found, joint_mean
+from epiutils.heatmaps import STRIDE, decode, found, hrnet_targets, probabilities
+from epiutils.metrics import bootstrap, joint_mean
 from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import train
 from epiutils.networks.predict import predict
@@ -249,7 +249,7 @@ def _fuse_views(module: nn.Module | None, predicted: Predicted) -> Iterator[Tens
 
 
 def found_by(module: nn.Module | None, predicted: Predicted) -> np.ndarray:
-    """Which joints are found where a module fuses all views with each other, see `metrics.found`: (N, V, J)."""
+    """Which joints are found where a module fuses all views with each other, see `heatmaps.found`: (N, V, J)."""
     return np.stack([found(m, t) for m, t in zip(_fuse_views(module, predicted), predicted.target, strict=True)])
 
 
@@ -263,7 +263,7 @@ def peaks(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def found_back(X: np.ndarray, predicted: Predicted) -> np.ndarray:
-    """Which joints are found by points in space, projected back into every view: (N, V, J), see `metrics.found`.
+    """Which joints are found by points in space, projected back into every view: (N, V, J), see `heatmaps.found`.
 
     X: (N, J, 3) metres, nan for a joint that is not found.  A point's heatmap is the one pixel nearest to it.
     """

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from epiutils.data.dataset import Benchmark, MultiView
 from epiutils.data.files import replacing
 from epiutils.fusion import OriginalFusion
-from epiutils.heatmaps import joints_mse
-from epiutils.metrics import found, joint_mean
+from epiutils.heatmaps import found, joints_mse
+from epiutils.metrics import joint_mean
 from epiutils.networks.hrnet import load_checkpoint, normalise
 from epiutils.networks.loop import batches, loader
 from epiutils.networks.predict import device_name
@@ -274,7 +274,7 @@ def _seen(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _found(output: Tensor, target: Tensor) -> np.ndarray:
-    """`metrics.found` of maps on a device, of which only the peaks leave it."""
+    """`heatmaps.found` of maps on a device, of which only the peaks leave it."""
     peaks = []
     for maps in (output, target):
         height, place = maps.flatten(-2).max(-1, keepdim=True)

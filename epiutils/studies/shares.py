@@ -32,8 +32,7 @@ from epiutils.data.files import replacing
 from epiutils.data.views import HEATMAP_FROM_INPUT, Predicted
 from epiutils.epipolar import epipoles, find_fundamental, fundamental_from_cameras, transfer
 from epiutils.fusion import SimpleFusion
-from epiutils.heatmaps import hit_loss
-from epiutils.metrics import found
+from epiutils.heatmaps import found, hit_loss
 from epiutils.networks.loop import Settings
 from epiutils.networks.predict import device_name
 from epiutils.redirect import Pencil
@@ -133,7 +132,7 @@ def causes_removed(
     iterations: tuple[int, int] = (50, 2200),
     causes: Sequence[str] = tuple(CAUSES),
 ) -> dict[str, np.ndarray]:
-    """Which joints the module finds, trained with causes of its failure removed, see `metrics.found`.
+    """Which joints the module finds, trained with causes of its failure removed, see `heatmaps.found`.
 
     "sets", (2ⁿ, S, N, 4, J), with each set of n causes removed: set s has removed cause k where bit k is 1.  And causes
     beside those nine, each changed alone in the module that failed, (S, N, 4, J) each: "sigmoid" has one more; the
