@@ -24,9 +24,8 @@ from torch import nn
 
 from epiutils.data.dataset import MultiView
 from epiutils.networks import loop, training
-from epiutils.networks.batchnorm import synchronised
 from epiutils.networks.hrnet import PoseHRNet, load_checkpoint, provenance
-from epiutils.networks.loop import Settings, batches, loader, make_accelerator, train
+from epiutils.networks.loop import Settings, batches, loader, train
 from epiutils.networks.predict import device_name, predict
 
 SCRIPT = Path(tiny_training.__file__)
@@ -162,7 +161,7 @@ def test_each_training_has_its_own_precision():
         return {}
 
     model = nn.Sequential(linear())
-    train_points(model, loss, accelerator=make_accelerator("bf16"), every=3, validate=validate)
+    train_points(model, loss, precision="bf16", every=3, validate=validate)
     low, no = [torch.bfloat16] * 3, [torch.float32] * 6
     assert kinds == low + no + low + no
     assert inner[0] == inner[1] == train_points(nn.Sequential(linear()))[1]
@@ -257,7 +256,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
     for other, message in (
         ({"lr": 0.002}, r"another run \(lr was 0.001, is 0.002\): give another folder, or remove it"),
         ({"facts": {"data": ["b", 3]}}, r"another run \(data was \['a', 3\], is \['b', 3\]\)"),
-        ({"accelerator": make_accelerator("bf16")}, "precision was no, is bf16"),
+        ({"precision": "bf16"}, "precision was no, is bf16"),
         ({"data": Points(24)}, "samples was 23, is 24"),
         ({"model": nn.Linear(3, 2)}, "another network"),
         ({"model": nn.Sequential(linear())}, "another network"),
@@ -280,20 +279,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             train_points(out=tmp_path)
 
 
-def test_what_scales_the_loss_in_fp16_goes_on_too(tmp_path):
+def test_what_scales_the_loss_in_fp16_goes_on_too(tmp_path, monkeypatch):
     """On a GPU Accelerate makes the scaler; here it is given one that grows every second step."""
 
-    def accelerator():
-        made = make_accelerator()
-        made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
-        return made
+    own, made = Settings.accelerator, []
 
+    def accelerator(settings):
+        made.append(own(settings))
+        made[-1].scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+        return made[-1]
+
+    monkeypatch.setattr(Settings, "accelerator", accelerator)
     whole, parts = linear(), linear()
-    train_points(whole, accelerator=accelerator())
-    train_points(parts, out=tmp_path, stop=3, accelerator=accelerator())
+    train_points(whole)
+    train_points(parts, out=tmp_path, stop=3)
     assert state_of(tmp_path)["scaler"]["scale"] == 8
-    train_points(parts, out=tmp_path, accelerator=(last := accelerator()))
-    assert last.scaler.get_scale() == 32
+    train_points(parts, out=tmp_path)
+    assert made[-1].scaler.get_scale() == 32
     assert_same(parts.state_dict(), whole.state_dict())
 
 
@@ -349,7 +351,7 @@ def test_batch_norm_over_one_process_is_batch_norm(mode, tmp_path):
         torch.manual_seed(0)
         plain = nn.BatchNorm2d(3).double()
         nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
-        ours = synchronised(nn.Sequential(nn.BatchNorm2d(3).double()))[0]
+        ours = loop._synchronised(nn.Sequential(nn.BatchNorm2d(3).double()))[0]
         assert type(ours) is not nn.BatchNorm2d
         ours.load_state_dict(plain.state_dict())
         plain.train(mode), ours.train(mode)

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from epiutils.data.files import reading, replacing
-from epiutils.networks.batchnorm import synchronised
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Settings:
     steps: of the whole training.  batch: samples a step, over all processes together.  lr: AdamW's highest, reached
     after `warmup` steps, from where it falls to 0 by half a cosine, or stays (schedule "constant").  clip: the largest
     norm of the gradient, 0 for any.  every: steps between two rows of measurements and two checkpoints, 0 for one pass
-    over the data.  Raises ValueError.
+    over the data.  precision: "no", "bf16" or, on a GPU, "fp16".  Raises ValueError.
     """
 
     steps: int
@@ -56,13 +55,14 @@ class Settings:
     clip: float = 0.0
     every: int = 0
     seed: int = 0
+    precision: str = "no"
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f'schedule must be "cosine" or "constant", got {self.schedule!r}')
         for name, value in asdict(self).items():
             least = 1 if name in ("steps", "batch") else 0
-            if name != "schedule" and not least <= value < math.inf:
+            if name not in ("schedule", "precision") and not least <= value < math.inf:
                 raise ValueError(f"{name} must be at least {least}, and finite, got {value}")
 
     def rate(self, step: int) -> float:
@@ -70,6 +70,20 @@ class Settings:
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))) if self.schedule == "cosine" else 1.0
         return self.lr * warm * fall
+
+    def accelerator(self) -> Accelerator:
+        """Accelerate's handle of all processes that were launched, and of their devices.
+
+        Raises ValueError where the device cannot compute in that precision.
+        """
+        if AcceleratorState._shared_state.get("_mixed_precision", self.precision) != self.precision:
+            AcceleratorState._shared_state = {}  # one for each precision: Accelerate has one a process, and refuses
+        launched = int(os.environ.get("WORLD_SIZE", "1"))  # without a GPU they would each train alone unless it is told
+        cpu = launched > 1 and not torch.accelerator.is_available()
+        accelerator = Accelerator(mixed_precision=self.precision, cpu=cpu)
+        if self.precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it at float32
+            raise ValueError("precision fp16 needs a GPU: choose bf16 or no")
+        return accelerator
 
     def check(self, model: nn.Module, out: Path | None, processes: int = 1, stop: int | None = None) -> None:
         """Raise ValueError or OSError unless a training can begin, and save what it learns to the folder `out`."""
@@ -101,7 +115,6 @@ def train(
     log: Callable[[nn.Module], dict[str, float]] | None = None,
     stop: int | None = None,
     workers: int = 0,
-    accelerator: Accelerator | None = None,
     facts: dict | None = None,
     progress: bool = True,
     **settings,
@@ -111,8 +124,7 @@ def train(
     loss(model, batch, done): a scalar, the mean over the batch; done is the share of the steps behind, 0 to 1.
     data: a Dataset of dicts of tensors; one with `sample(index, epoch)` is asked for that.  validate(model), at each
     row of measurements, and log(model), after each backward pass, add columns.  stop: end after so many steps, with
-    the schedule of all.  workers: processes that load.  accelerator: of `make_accelerator`, for another precision.
-    settings: those of `Settings`.
+    the schedule of all.  workers: processes that load.  settings: those of `Settings`.
 
     out: a folder for `checkpoint.pt`, `epochs.csv` and `steps.csv`; where it holds a checkpoint of the same settings
     and facts, training goes on from it.  facts: what else decides the result, such as the data's name; numbers, texts,
@@ -126,12 +138,12 @@ def train(
     if not samples:
         raise ValueError("there are no samples to train on")
     settings = replace(settings, every=settings.every or math.ceil(samples / settings.batch))
-    accelerator = accelerator or make_accelerator()
+    accelerator = settings.accelerator()
     world, rank = accelerator.num_processes, accelerator.process_index
     out = None if out is None else Path(out)
     settings.check(model, out if accelerator.is_main_process else None, world, stop)
     last = stop or settings.steps
-    facts = {**asdict(settings), "samples": samples, "precision": accelerator.mixed_precision, **(facts or {})}
+    facts = {**asdict(settings), "samples": samples, **(facts or {})}
     run = _Run(model, settings, accelerator, out, facts)
     order = itertools.islice(batches(samples, settings.batch, settings.seed), run.done, last)
     load = loader(_Asked(data), workers, batch_sampler=[batch[rank::world] for batch in order],
@@ -162,7 +174,7 @@ class _Run:
     """A training on its way: the model, its optimizer, the steps done and what was measured in them."""
 
     def __init__(self, model: nn.Module, settings: Settings, accelerator: Accelerator, out: Path | None, facts: dict):
-        self.model = synchronised(model) if accelerator.num_processes > 1 else model
+        self.model = _synchronised(model) if accelerator.num_processes > 1 else model
         self.settings, self.accelerator, self.out = settings, accelerator, out
         self.facts = json.loads(json.dumps(facts))  # as a checkpoint gives them back
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -258,20 +270,6 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-def make_accelerator(precision: str = "no") -> Accelerator:
-    """Accelerate's handle of all processes that were launched, and of their devices.
-
-    precision: "no", "bf16" or, on a GPU, "fp16".  Raises ValueError where the device cannot.
-    """
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._shared_state = {}  # one for each precision: Accelerate has one a process, and refuses
-    launched = int(os.environ.get("WORLD_SIZE", "1"))  # without a GPU they would each train alone unless it is told
-    accelerator = Accelerator(mixed_precision=precision, cpu=launched > 1 and not torch.accelerator.is_available())
-    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it at float32
-        raise ValueError("precision fp16 needs a GPU: choose bf16 or no")
-    return accelerator
-
-
 def loader(data: torch.utils.data.Dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """PyTorch's DataLoader with so many processes that load, which are spawned: no thread or lock is inherited.
 
@@ -341,6 +339,51 @@ def _write_tables(out: Path, epochs: list[dict], steps: list[dict]) -> None:
         table.writerows(rows)
         with replacing(out / f"{name}.csv") as part:
             part.write_text(text.getvalue(), "utf-8")
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor; so is its gradient (the losses add up too)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
+class _GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the batch of all processes, on any device.
+
+    `torch.nn.SyncBatchNorm` does the same on GPUs only.  Variance as E[(x − E x)²] in two sums, for accuracy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.numel() / x.shape[1] * torch.distributed.get_world_size()
+        mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / n  # (C,)
+        centred = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def _synchronised(model: nn.Module) -> nn.Module:
+    """The model with each BatchNorm2d, in place, given the statistics of all processes: the same parameters and keys."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _GlobalBatchNorm2d
+    return model
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from epiutils.data.human36m import Human36M
 from epiutils.data.views import JOINTS, Predicted
 from epiutils.heatmaps import accuracy, found, joints_mse
 from epiutils.networks.hrnet import SLIM, PoseHRNet, load_checkpoint, normalise, provenance, save_checkpoint
-from epiutils.networks.loop import Settings, make_accelerator, train
+from epiutils.networks.loop import Settings, train
 from epiutils.networks.predict import device_name, predict
 
 _NETWORKS = {"slim": SLIM, "w32": {"width": 32}, "w48": {"width": 48}}
@@ -128,11 +128,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(chosen: argparse.Namespace) -> int:
     """What the command does: all that can be known to fail is tried before the first step."""
-    accelerator = make_accelerator(chosen.precision)
+    settings = {k: getattr(chosen, k) for k in ("steps", "batch", "lr", "warmup", "every", "seed", "precision")}
+    accelerator = Settings(**settings).accelerator()
     first = accelerator.is_main_process
     torch.backends.cudnn.benchmark = True  # a third faster for W32 on a GPU: all batches have one shape
     chosen.split = None if chosen.human36m else chosen.split or "train"
-    settings = {key: getattr(chosen, key) for key in ("steps", "batch", "lr", "warmup", "every", "seed")}
     if chosen.size < 32 or chosen.size % 32 or chosen.workers < 0:
         raise ValueError(f"size must be a multiple of 32, got {chosen.size}; workers at least 0, got {chosen.workers}")
     network = _network(chosen)
@@ -144,8 +144,7 @@ def _run(chosen: argparse.Namespace) -> int:
     names = _scores(predict(network, MultiView(few.scenes[:1], size=chosen.size))) if first else {}
     epochs, rows = train_pose(
         network, scenes, chosen.out, size=chosen.size, stop=chosen.stop, workers=chosen.workers, hiding=chosen.hiding,
-        **settings,
-        accelerator=accelerator, facts=_facts(chosen, network, told["data"], scenes),
+        **settings, facts=_facts(chosen, network, told["data"], scenes),
         validate=lambda network: _scores(predict(network, few)),
     )  # fmt: skip
     if first:
