@@ -25,28 +25,18 @@ def reported(name):
 
 def accuracy(found):
     """Of codes (N, V, J), 1 found, 0 not, 2 left out: each joint's share, then their mean."""
-    shares = []
-    for joint in np.moveaxis(found, -1, 0):
-        shares.append((joint == 1).sum() / (joint < 2).sum())
-    return sum(shares) / len(shares)
+    return np.mean([(joint == 1).sum() / (joint < 2).sum() for joint in np.moveaxis(found, -1, 0)])
+
+
+OF_ORIGINAL = ("hrnet", "original_frozen", "repaired_frozen", "repaired_free", "hrnet_longer")
+OF_BEST = ("hrnet", "repaired_frozen", "hrnet_longer", "line_mean")
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "arrays"),
-    [
-        ("benchmark.original.hrnet", "original", "hrnet/found"),
-        ("benchmark.original.original_frozen", "original", "original_frozen/found"),
-        ("benchmark.original.repaired_frozen", "original", "repaired_frozen/found"),
-        ("benchmark.original.repaired_free", "original", "repaired_free/found"),
-        ("benchmark.original.hrnet_longer", "original", "hrnet_longer/found"),
-        ("benchmark.best.hrnet", "best", "hrnet/found"),
-        ("benchmark.best.repaired_frozen", "best", "repaired_frozen/found"),
-        ("benchmark.best.hrnet_longer", "best", "hrnet_longer/found"),
-        ("benchmark.best.line_mean", "best", "line_mean/found"),
-    ],
+    ("point", "method"), [*(("original", method) for method in OF_ORIGINAL), *(("best", method) for method in OF_BEST)]
 )
-def test_accuracies_of_all_seeds(name, file, arrays):
-    seeds = stored(f"results/{file}.npz")[arrays]
+def test_accuracies_of_all_seeds(point, method):
+    seeds, name = stored(f"results/{point}.npz")[f"{method}/found"], f"benchmark.{point}.{method}"
     each = [accuracy(found) for found in seeds]
     assert reported(f"{name}.accuracy") == pytest.approx(np.mean(each), abs=1e-5)
     if len(seeds) > 1 and "accuracy_by_seed" in reported(name):
@@ -100,9 +90,5 @@ def test_the_numbers_of_the_first_page():
     said = " ".join((ROOT / "README.md").read_text("utf-8").split())
     hidden = {way: reported(f"real.second_person.{way}") for way in ("alone", "original", "space_tree")}
     assert f"Of {hidden['alone']['n']} joints hidden so" in said
-    for text, way in (
-        ("the network finds", "alone"),
-        ("the original", "original"),
-        ("evidence in space with bones", "space_tree"),
-    ):
+    for text, way in zip(("the network finds", "the original", "evidence in space with bones"), hidden, strict=True):
         assert f"{text} {100 * hidden[way]['accuracy']:.0f} %" in said
