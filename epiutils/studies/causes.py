@@ -263,7 +263,7 @@ class NormalEquations:
     def train(
         self, initial: Tensor, seeds: Sequence[int], steps: int, batch: int = 8, lr: float | Sequence[float] = 1e-3
     ) -> Tensor:
-        """The weights before and after each step of `training.train` without decay: (S, steps + 1, 9).
+        """The weights before and after each step of `networks.loop.train` without decay: (S, steps + 1, 9).
 
         initial: (S, 9), each seed's; the seed orders the pairs.  AdamW scales each number by itself, so the S
         trainings are one.  Of (S, J, 9), weights of each joint's own, (S, steps + 1, J, 9).  lr: or one for each step.
