@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class Folder:
         self.notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-    @property
+    @cached_property
     def calib(self) -> Path:
         """The one rig file: in the folder or `calibration/`, else one level up, beside the trials.
 
